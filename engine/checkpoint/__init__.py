@@ -1,0 +1,1 @@
+"""Reading weights, each rank its own slices."""

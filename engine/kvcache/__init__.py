@@ -1,0 +1,1 @@
+"""Bookkeeping of KV blocks, in integers only. Never imports torch."""

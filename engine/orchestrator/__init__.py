@@ -1,0 +1,1 @@
+"""Launches the ranks, checks that they agree, and ends them. Never imports torch."""

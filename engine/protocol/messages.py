@@ -1,0 +1,228 @@
+"""The domain on one page: every message that travels between server, orchestrator and ranks.
+
+    server ── RequestBatch ─► rank 0 ── ScheduledStep ─► ranks 1 … N-1
+    server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankStats ── ranks 1 … N-1
+    ranks ── Hello, Ready, Failed ─► orchestrator ── Start ─► ranks
+    orchestrator ── GroupStatus ─► server
+
+Every message carries the epoch of the rank group it belongs to; a receiver drops messages of another epoch.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Base of everything that is sent on its own."""
+
+    epoch: int
+
+
+class Part(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Base of what travels inside a message."""
+
+
+# --- requests and tokens ---------------------------------------------------------------------------------------------
+
+
+class SamplingParams(Part, frozen=True):
+    """How one sequence is continued. A neutral value switches its option off.
+
+    The random number of a token is a function of (`seed`, `choice_index`, token position) alone.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    seed: int = 0  # 0 <= seed < 2**64
+    choice_index: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # emitted, then the sequence ends; the end-of-text ids are among them
+
+
+class Request(Part, frozen=True):
+    """One sequence to continue. `prompt_token_ids` has at least one token."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class RequestBatch(Message, frozen=True):
+    """What happened at the server since its last message."""
+
+    new: list[Request] = []
+    aborted: list[str] = []
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # a stop token was emitted; it is the last of its tokens
+    LENGTH = "length"
+    ERROR = "error"
+
+
+class TokenOutput(Part, frozen=True):
+    """New tokens of one sequence. The last output of a sequence, and only that, has a `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # with FinishReason.ERROR: a message for the person who sent the request
+    queue_seconds: float | None = None  # with a sequence's first output: time from arrival at rank 0 to its first step
+
+
+class TokenBatch(Message, frozen=True):
+    """All tokens of one step."""
+
+    step: int
+    outputs: list[TokenOutput]
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+class ScheduledRow(Part, frozen=True):
+    """One sequence's share of a step.
+
+    The rank appends `new_token_ids` and `new_block_ids` to what it knows of the sequence, then computes the tokens
+    `num_computed_tokens : num_computed_tokens + num_scheduled_tokens`. `is_new`: forget what was known (a first step,
+    or the first after a preemption); the lists then hold everything.
+
+    `new_token_ids` may hold `PENDING_TOKEN`: the token sampled for this sequence in the step before, which was not yet
+    known when the step was scheduled.
+    """
+
+    request_id: str
+    is_new: bool
+    new_token_ids: list[int]
+    new_block_ids: list[int]
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    samples: bool  # the last scheduled token is the sequence's last: a token follows
+
+
+PENDING_TOKEN = -1
+
+
+class ScheduledStep(Message, frozen=True):
+    """One step's decision: taken by rank 0, obeyed by all. Rows are in batch order."""
+
+    step: int
+    rows: list[ScheduledRow]
+    finished: list[str]  # sequences to forget before the step; preempted ones are not here, they come back whole
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(row.num_scheduled_tokens for row in self.rows)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+class HistogramDelta(Part, frozen=True):
+    """Observations since the last report, `counts[i]` of them in `stats.TIME_BUCKETS[i]` alone; the last is +Inf."""
+
+    counts: list[int]
+    sum: float
+
+
+class RankStats(Message, frozen=True):
+    """One rank's deltas since its last report; memory in bytes is a present value, not a delta."""
+
+    rank: int
+    collectives: dict[str, HistogramDelta]  # by operation: all_reduce, gather, … seconds
+    memory: dict[str, int]  # by kind: resident, weights, kv_cache, device_allocated
+
+
+class SchedulerStats(Part, frozen=True):
+    """Present values, and deltas since the last report."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    preemptions: int  # delta
+    steps: int  # delta
+    integrity_checks: int  # delta: times the block bookkeeping was found whole when the engine went idle
+
+
+class StatsReport(Message, frozen=True):
+    """About once a second while there is news: the scheduler's statistics and those of the ranks heard from."""
+
+    scheduler: SchedulerStats
+    ranks: list[RankStats]
+
+
+# --- handshake and state ---------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """A rank's first word, before it loads."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+    config_hash: str
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class Ready(Message, frozen=True):
+    """A rank has loaded. The group is ready when all fingerprints are equal."""
+
+    rank: int
+    fingerprint: str
+    num_kv_blocks: int  # as many as this rank can hold
+    memory: dict[str, int]  # bytes by kind, as in RankStats
+
+
+class Failed(Message, frozen=True):
+    """A rank cannot go on. `is_user_error`: the message names what to change, and no traceback is wanted."""
+
+    rank: int
+    error: str
+    is_user_error: bool
+
+
+class Start(Message, frozen=True):
+    """Orchestrator to ranks: all agree; allocate so many KV blocks and begin."""
+
+    num_kv_blocks: int
+    max_model_len: int
+
+
+class GroupState(StrEnum):
+    """The life of the rank group, as /ready shows it."""
+
+    STARTING = "STARTING"
+    READY = "READY"
+    FAILED = "FAILED"
+
+
+class RankInfo(Part, frozen=True):
+    """Where one rank runs."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+
+
+class GroupStatus(Message, frozen=True):
+    """Orchestrator to server, at each change of state."""
+
+    state: GroupState
+    ranks: list[RankInfo] = []
+    engine_endpoint: str = ""  # READY: where rank 0 takes RequestBatch messages
+    max_model_len: int = 0  # READY
+    num_kv_blocks: int = 0  # READY
+    memory: dict[str, int] = {}  # READY: bytes by kind, summed over the ranks
+    error: str = ""  # FAILED: one line
+    is_user_error: bool = False  # FAILED

@@ -1,0 +1,189 @@
+"""What `config.json` says of a model, read without torch, in the spelling of published models and of transformers 5."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Rope types of `rope_scaling` / `rope_parameters` that the engine computes.
+ROPE_TYPES = ("default", "linear", "llama3")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions: the base `theta` and how it is stretched."""
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_position_embeddings: int = 8192  # llama3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and switches of one Llama-family model."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    dtype: str  # of the checkpoint: one of DTYPES
+
+    @classmethod
+    def from_directory(cls, model: str | Path) -> "ModelConfig":
+        """Read `config.json`.
+
+        Raises:
+            ValueError: naming the file, or the field in it, that cannot be used.
+        """
+        directory = Path(model)
+        path = directory / "config.json"
+        if not directory.is_dir():
+            raise ValueError(f"model: {directory} is not a directory")
+        if not path.is_file():
+            raise ValueError(f"model: {directory} has no config.json; is it a Hugging Face model directory?")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: holds no JSON object")
+        return _parse(raw, path)
+
+    def check_tensor_parallel_size(self, tp_size: int) -> None:
+        """Raise ValueError if the model cannot be split over `tp_size` ranks."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % tp_size:
+            valid = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+            raise ValueError(
+                f"--tensor-parallel-size {tp_size} does not divide the model's {heads} attention heads; "
+                f"possible: {', '.join(map(str, valid))}"
+            )
+        if kv_heads % tp_size and tp_size % kv_heads:
+            raise ValueError(
+                f"--tensor-parallel-size {tp_size} and the model's {kv_heads} key-value heads: "
+                "one must divide the other"
+            )
+
+
+class _Fields:
+    """Reads typed fields of one JSON object and names them in errors."""
+
+    def __init__(self, raw: dict[str, Any], path: Path, prefix: str = "") -> None:
+        self._raw, self._path, self._prefix = raw, path, prefix
+
+    def error(self, name: str, problem: str) -> ValueError:
+        return ValueError(f"{self._path}: {self._prefix}{name} {problem}")
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._raw.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(name, "is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self.error(name, f"must be a whole number of at least {minimum}, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._raw.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(name, "is missing")
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise self.error(name, f"must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._raw.get(name)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.error(name, f"must be true or false, not {value!r}")
+        return value
+
+
+def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
+    get = _Fields(raw, path)
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise get.error("architectures", "must be a list with the model class's name")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise get.error("hidden_act", f"is {raw['hidden_act']!r}; only silu is computed")
+    if raw.get("quantization_config"):
+        raise get.error("quantization_config", "is set; quantized checkpoints are not read")
+    hidden_size = get.integer("hidden_size")
+    heads = get.integer("num_attention_heads")
+    kv_heads = get.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise get.error("num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads ({heads})")
+    if raw.get("head_dim") is None and hidden_size % heads:
+        raise get.error("hidden_size", f"({hidden_size}) is no multiple of num_attention_heads ({heads})")
+    head_dim = get.integer("head_dim", hidden_size // heads)
+    if head_dim % 2:
+        raise get.error("head_dim", f"must be even for rotary positions, not {head_dim}")
+    max_positions = get.integer("max_position_embeddings", 2048)
+    return ModelConfig(
+        architecture=architectures[0],
+        vocab_size=get.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=get.integer("intermediate_size"),
+        num_hidden_layers=get.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=get.number("rms_norm_eps", 1e-6),
+        rope=_parse_rope(raw, path, max_positions),
+        attention_bias=get.flag("attention_bias", False),
+        mlp_bias=get.flag("mlp_bias", False),
+        tie_word_embeddings=get.flag("tie_word_embeddings", False),
+        dtype=_parse_dtype(raw, get),
+    )
+
+
+def _parse_dtype(raw: dict[str, Any], get: _Fields) -> str:
+    """`dtype` (transformers 5) or `torch_dtype` (published models); float32 where neither is written."""
+    name = "dtype" if raw.get("dtype") is not None else "torch_dtype"
+    value = raw.get(name) or "float32"
+    value = value.removeprefix("torch.") if isinstance(value, str) else value
+    if value not in DTYPES:
+        raise get.error(name, f"must be one of {', '.join(DTYPES)}, not {value!r}")
+    return str(value)
+
+
+def _parse_rope(raw: dict[str, Any], path: Path, max_positions: int) -> RopeConfig:
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (published models)."""
+    name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    section = raw.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: {name} must be an object, not {section!r}")
+    get = _Fields(section, path, f"{name}.")
+    rope_type = section.get("rope_type", section.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise get.error("rope_type", f"is {rope_type!r}; known: {', '.join(ROPE_TYPES)}")
+    theta = get.number("rope_theta", _Fields(raw, path).number("rope_theta", 10000.0))
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    factor = get.number("factor")
+    if rope_type == "linear":
+        return RopeConfig(theta=theta, rope_type="linear", factor=factor)
+    return RopeConfig(
+        theta=theta,
+        rope_type="llama3",
+        factor=factor,
+        low_freq_factor=get.number("low_freq_factor"),
+        high_freq_factor=get.number("high_freq_factor"),
+        original_max_position_embeddings=get.integer("original_max_position_embeddings", max_positions),
+    )

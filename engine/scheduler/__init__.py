@@ -1,0 +1,1 @@
+"""Requests, and the decision what each step computes. Never imports torch."""

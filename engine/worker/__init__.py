@@ -1,0 +1,1 @@
+"""One rank: the process that loads a shard and runs steps."""

@@ -1,0 +1,1 @@
+"""The suite: unit, integration, e2e, fault and architecture tests."""
