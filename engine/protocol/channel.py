@@ -4,6 +4,8 @@ Both ends are DEALER sockets without a high-water mark (flow is bounded by what 
 without lingering (what a dead group left unsent must not reach its successor).
 """
 
+import math
+
 import zmq
 import zmq.asyncio
 
@@ -51,7 +53,7 @@ class Channel:
         if self._decoder is None:
             raise RuntimeError("this end only sends")
         while True:
-            if not self.socket.poll(None if timeout is None else int(timeout * 1000)):
+            if not self.socket.poll(None if timeout is None else math.ceil(timeout * 1000)):
                 return None
             message = self._decoder.decode(self.socket.recv())
             if self._epoch is None or message.epoch == self._epoch:

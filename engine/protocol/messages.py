@@ -93,9 +93,6 @@ class ScheduledRow(Part, frozen=True):
     The rank appends `new_token_ids` and `new_block_ids` to what it knows of the sequence, then computes the tokens
     `num_computed_tokens : num_computed_tokens + num_scheduled_tokens`. `is_new`: forget what was known (a first step,
     or the first after a preemption); the lists then hold everything.
-
-    `new_token_ids` may hold `PENDING_TOKEN`: the token sampled for this sequence in the step before, which was not yet
-    known when the step was scheduled.
     """
 
     request_id: str
@@ -105,9 +102,6 @@ class ScheduledRow(Part, frozen=True):
     num_computed_tokens: int
     num_scheduled_tokens: int
     samples: bool  # the last scheduled token is the sequence's last: a token follows
-
-
-PENDING_TOKEN = -1
 
 
 class ScheduledStep(Message, frozen=True):

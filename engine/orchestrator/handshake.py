@@ -1,0 +1,90 @@
+"""HELLO, READY, START: a group begins only when all its ranks have said the same."""
+
+from engine.protocol.config import EngineConfig, config_hash
+from engine.protocol.messages import PROTOCOL_VERSION, Hello, RankInfo, Ready, Start
+from engine.protocol.model_config import ModelConfig
+
+
+class HandshakeError(RuntimeError):
+    """The ranks do not agree: something is wrong with the installation, not with what the user asked for."""
+
+
+class Handshake:
+    """Collects what the ranks say. Fed with messages in any order; knows no sockets."""
+
+    def __init__(self, engine: EngineConfig, config: ModelConfig, epoch: int) -> None:
+        self._engine = engine
+        self._config = config
+        self._epoch = epoch
+        self._hellos: dict[int, Hello] = {}
+        self._readies: dict[int, Ready] = {}
+
+    def hear_hello(self, hello: Hello) -> None:
+        """Take a rank's first word.
+
+        Raises:
+            HandshakeError: if it runs another version or another configuration.
+        """
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise HandshakeError(f"rank {hello.rank} speaks protocol version {hello.protocol_version}")
+        if hello.config_hash != config_hash(self._engine):
+            raise HandshakeError(f"rank {hello.rank} on {hello.host} was started with another configuration")
+        self._hellos[hello.rank] = hello
+
+    def hear_ready(self, ready: Ready) -> None:
+        """Take a rank's word that it has loaded.
+
+        Raises:
+            HandshakeError: if it holds other weights than the ranks heard before.
+        """
+        for other in self._readies.values():
+            if other.fingerprint != ready.fingerprint:
+                raise HandshakeError(
+                    f"ranks {other.rank} and {ready.rank} loaded different weights: {self._engine.model}"
+                )
+        self._readies[ready.rank] = ready
+
+    @property
+    def all_said_hello(self) -> bool:
+        """Whether every rank is known."""
+        return len(self._hellos) == self._engine.tensor_parallel_size
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every rank has loaded."""
+        return self.all_said_hello and len(self._readies) == self._engine.tensor_parallel_size
+
+    @property
+    def ranks(self) -> list[RankInfo]:
+        """Where the ranks heard of run, in order of rank."""
+        hellos = (self._hellos[rank] for rank in sorted(self._hellos))
+        return [RankInfo(hello.rank, hello.pid, hello.host, hello.device) for hello in hellos]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind, summed over the ranks."""
+        total: dict[str, int] = {}
+        for ready in self._readies.values():
+            for kind, size in ready.memory.items():
+                total[kind] = total.get(kind, 0) + size
+        return total
+
+    def start(self) -> Start:
+        """Return what all ranks begin with: the smallest rank's number of KV blocks holds for all.
+
+        Raises:
+            ValueError: naming the options, if the KV cache cannot hold the context that was asked for.
+        """
+        num_kv_blocks = min(ready.num_kv_blocks for ready in self._readies.values())
+        capacity = num_kv_blocks * self._engine.block_size
+        longest = self._config.max_position_embeddings
+        asked = self._engine.max_model_len
+        if asked is not None and asked > longest:
+            raise ValueError(f"--max-model-len {asked} is more than the model's max_position_embeddings, {longest}")
+        if asked is not None and asked > capacity:
+            raise ValueError(
+                f"--max-model-len {asked} does not fit: the KV cache holds {capacity} tokens "
+                f"({num_kv_blocks} blocks of {self._engine.block_size}); lower it, or raise --num-kv-blocks or "
+                "--kv-cache-memory"
+            )
+        return Start(epoch=self._epoch, num_kv_blocks=num_kv_blocks, max_model_len=asked or min(longest, capacity))

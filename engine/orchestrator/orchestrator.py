@@ -1,0 +1,166 @@
+"""Runs one rank group: launch, handshake, watch, end."""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import zmq
+
+from engine.orchestrator.handshake import Handshake, HandshakeError
+from engine.orchestrator.launcher import RankProcesses, describe_exit
+from engine.protocol.channel import Channel
+from engine.protocol.config import RankSpec
+from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Ready
+from engine.protocol.model_config import ModelConfig
+
+# When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
+_SETTLE_SECONDS = 0.2
+
+
+class MultiGPUOrchestrator:
+    """Launches the ranks, checks that they agree, tells the server of each change, and ends them all together.
+
+    It ends when SIGTERM comes or standard input closes: the server holds the other end, so the group never outlives it.
+    """
+
+    def __init__(self, spec: RankSpec, *, spec_path: Path) -> None:
+        self._spec = spec
+        self._spec_path = spec_path
+        self._world_size = spec.engine.tensor_parallel_size
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._status = Channel(self._context, None)
+        self._controls = [Channel(self._context, spec.epoch, Hello, Ready, Failed) for _ in range(self._world_size)]
+        self._poller = zmq.Poller()
+
+    def run(self) -> int:
+        """Run the group to its end and return the exit code: 0 when asked to stop, 1 when it failed."""
+        self._status.connect(self._spec.status_endpoint)
+        wakeup = _signals_to_socket()
+        self._poller.register(wakeup, zmq.POLLIN)
+        self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        for rank, control in enumerate(self._controls):
+            control.bind(self._spec.control_endpoint(rank))
+            self._poller.register(control.socket, zmq.POLLIN)
+        ranks: RankProcesses | None = None
+        try:
+            config = ModelConfig.from_directory(self._spec.engine.model)
+            ranks = RankProcesses(self._spec_path, self._world_size)
+            return self._run_group(ranks, Handshake(self._spec.engine, config, self._spec.epoch), wakeup)
+        except ValueError as error:
+            return self._fail(str(error), True)
+        except HandshakeError as error:
+            return self._fail(str(error), False)
+        finally:
+            if ranks is not None:
+                ranks.kill()
+            self._close()
+
+    def _run_group(self, ranks: RankProcesses, handshake: Handshake, wakeup: socket.socket) -> int:
+        self._report(GroupState.STARTING)
+        while not self._is_asked_to_stop(wakeup):
+            failures = self._hear(handshake)
+            if failures or ranks.dead():
+                time.sleep(_SETTLE_SECONDS)
+                return self._fail(*_diagnose(failures + self._hear(handshake), ranks))
+        return 0
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def _is_asked_to_stop(self, wakeup: socket.socket) -> bool:
+        """Sleep until something happens; return whether that is SIGTERM or the end of standard input."""
+        ready = dict(self._poller.poll())
+        if wakeup.fileno() in ready and signal.SIGTERM in wakeup.recv(4096):
+            return True
+        if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 4096):
+            # The server that made the folder is gone, or is about to remove it itself.
+            shutil.rmtree(self._spec.run_dir, ignore_errors=True)
+            return True
+        return False
+
+    def _hear(self, handshake: Handshake) -> list[Failed]:
+        """Take what the ranks said and return the failures. Starts the group when the last of them is ready."""
+        failures = []
+        for control in self._controls:
+            while (message := control.receive(0)) is not None:
+                if isinstance(message, Hello):
+                    handshake.hear_hello(message)
+                    self._report_when_all_known(handshake)
+                elif isinstance(message, Ready):
+                    handshake.hear_ready(message)
+                    self._start_when_complete(handshake)
+                elif isinstance(message, Failed):
+                    failures.append(message)
+        return failures
+
+    def _report_when_all_known(self, handshake: Handshake) -> None:
+        if handshake.all_said_hello:
+            self._report(GroupState.STARTING, handshake)
+
+    def _start_when_complete(self, handshake: Handshake) -> None:
+        if not handshake.is_complete:
+            return
+        start = handshake.start()
+        for control in self._controls:
+            control.send(start)
+        self._status.send(
+            GroupStatus(
+                epoch=self._spec.epoch,
+                state=GroupState.READY,
+                ranks=handshake.ranks,
+                engine_endpoint=self._spec.engine_endpoint,
+                max_model_len=start.max_model_len,
+                num_kv_blocks=start.num_kv_blocks,
+                memory=handshake.memory,
+            )
+        )
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: str, is_user_error: bool) -> int:
+        self._status.send(
+            GroupStatus(epoch=self._spec.epoch, state=GroupState.FAILED, error=error, is_user_error=is_user_error)
+        )
+        return 1
+
+    def _report(self, state: GroupState, handshake: Handshake | None = None) -> None:
+        ranks = [] if handshake is None else handshake.ranks
+        self._status.send(GroupStatus(epoch=self._spec.epoch, state=state, ranks=ranks))
+
+    def _close(self) -> None:
+        for control in self._controls:
+            control.close()
+        self._status.socket.setsockopt(zmq.LINGER, 1000)  # the server should hear the last status
+        self._status.socket.close()
+        self._context.term()
+
+
+def _diagnose(failures: list[Failed], ranks: RankProcesses) -> tuple[str, bool]:
+    """Return the likeliest first cause of a group's end, and whether it is the user's to mend.
+
+    A mistake of the user explains everything; a rank that a signal ended explains why the others lost a peer.
+    """
+    for failed in failures:
+        if failed.is_user_error:
+            return failed.error, True
+    dead = ranks.dead()
+    killed = [rank for rank, code in dead.items() if code < 0]
+    if failures and not killed:
+        return f"rank {failures[0].rank} failed: {failures[0].error}", False
+    rank = (killed or list(dead))[0]
+    return f"rank {rank} (pid {ranks.pid(rank)}) {describe_exit(dead[rank])}", False
+
+
+def _signals_to_socket() -> socket.socket:
+    """Return a socket on which SIGTERM and SIGCHLD can be polled for, as bytes with their numbers."""
+    receiver, sender = socket.socketpair()
+    receiver.setblocking(False)
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)  # the wake-up is what matters
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return receiver

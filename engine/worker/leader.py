@@ -1,0 +1,112 @@
+"""Rank 0: schedules, broadcasts each step, samples, and talks to the server."""
+
+import math
+
+import zmq
+
+from engine.protocol.channel import Channel
+from engine.protocol.messages import (
+    FinishReason,
+    RankStats,
+    RequestBatch,
+    ScheduledStep,
+    StatsReport,
+    TokenBatch,
+    TokenOutput,
+)
+from engine.sampling.sampler import SamplingError, sample
+from engine.scheduler.scheduler import Scheduler
+from engine.worker.model_runner import ModelRunner
+from engine.worker.statistics import RankStatistics
+
+
+class Leader:
+    """Runs steps while there is work, and waits for the server while there is none."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        server: Channel,
+        followers: list[Channel],
+        statistics: RankStatistics,
+        *,
+        epoch: int,
+        vocab_size: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._server = server
+        self._followers = followers
+        self._statistics = statistics
+        self._epoch = epoch
+        self._vocab_size = vocab_size
+        self._rank_stats: list[RankStats] = []  # of followers, on their way to the server
+        self._poller = zmq.Poller()
+        for channel in (server, *followers):
+            self._poller.register(channel.socket, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Run until the process is ended."""
+        while True:
+            self._take_messages()
+            step = self._scheduler.schedule()
+            if step is not None:
+                self._run_step(step)
+            self._report_if_due()
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _run_step(self, step: ScheduledStep) -> None:
+        for follower in self._followers:
+            follower.send(step)
+        logits = self._runner.run(step)
+        tokens = {} if logits is None else self._sample(step, logits)
+        self._emit(step.step, self._scheduler.apply(step, tokens))
+        self._statistics.note_work()
+        if not self._scheduler.has_work:
+            self._scheduler.check_integrity()
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        """Take what has arrived; wait for something to arrive, or for a report to be due, if there is no work."""
+        if not self._scheduler.has_work and not self._rank_stats:
+            seconds = self._statistics.seconds_until_due()
+            self._poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+        while (message := self._server.receive(0)) is not None:
+            if isinstance(message, RequestBatch):
+                self._take_requests(message)
+        for follower in self._followers:
+            while (message := follower.receive(0)) is not None:
+                if isinstance(message, RankStats):
+                    self._rank_stats.append(message)
+
+    def _take_requests(self, batch: RequestBatch) -> None:
+        refused = []
+        for request in batch.new:
+            try:
+                self._check_token_ids(request.prompt_token_ids)
+                self._scheduler.add(request)
+            except ValueError as error:
+                refused.append(TokenOutput(request.request_id, [], FinishReason.ERROR, error=str(error)))
+        for request_id in batch.aborted:
+            self._scheduler.abort(request_id)
+        if refused:
+            self._emit(-1, refused)
+        self._statistics.note_work()
+
+    def _check_token_ids(self, token_ids: list[int]) -> None:
+        if any(not 0 <= token_id < self._vocab_size for token_id in token_ids):
+            raise ValueError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
+
+    def _emit(self, step: int, outputs: list[TokenOutput]) -> None:
+        if outputs:
+            self._server.send(TokenBatch(epoch=self._epoch, step=step, outputs=outputs))
+
+    def _report_if_due(self) -> None:
+        if self._statistics.seconds_until_due() != 0 and not self._rank_stats:
+            return
+        ranks, self._rank_stats = [*self._rank_stats, self._statistics.take()], []
+        report = StatsReport(epoch=self._epoch, scheduler=self._scheduler.take_stats(), ranks=ranks)
+        self._server.send(report)

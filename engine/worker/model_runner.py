@@ -1,0 +1,97 @@
+"""Turns a scheduled step into tensors and runs this rank's shard on them."""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionMetadata, KVCache
+from engine.attention.torch_paged import PagedAttention
+from engine.communication.handler import CommunicationHandler
+from engine.models.llama import LlamaForCausalLM
+from engine.protocol.messages import ScheduledRow, ScheduledStep
+
+
+@dataclass
+class _Sequence:
+    """What a rank knows of a sequence, from the steps it has seen."""
+
+    token_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+
+
+class ModelRunner:
+    """Runs steps in the order they were scheduled; every rank's runner sees the same steps."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        kv_caches: list[KVCache],
+        group: CommunicationHandler,
+        *,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._kv_caches = kv_caches
+        self._group = group
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._device = device
+        self._sequences: dict[str, _Sequence] = {}
+
+    @torch.inference_mode()
+    def run(self, step: ScheduledStep) -> Tensor | None:
+        """Compute a step.
+
+        Returns:
+            On rank 0 the float32 logits of the rows that sample, `[num_sampling_rows, vocab_size]`, in batch order;
+            None on other ranks and when no row samples.
+        """
+        for request_id in step.finished:
+            self._sequences.pop(request_id, None)
+        sequences = [self._update(row) for row in step.rows]
+        token_ids, positions = self._inputs(step.rows, sequences)
+        metadata = self._metadata(step.rows, sequences, positions)
+        hidden = self._model(token_ids, positions, PagedAttention(self._kv_caches, metadata))
+        last = [end - 1 for end, row in zip(metadata.cu_seqlens_q[1:], step.rows, strict=True) if row.samples]
+        if not last:
+            return None
+        logits = self._group.gather(self._model.compute_logits(hidden[last]))
+        return None if logits is None else logits[:, : self._vocab_size].float()
+
+    def _update(self, row: ScheduledRow) -> _Sequence:
+        if row.is_new:
+            self._sequences[row.request_id] = _Sequence()
+        sequence = self._sequences[row.request_id]
+        sequence.token_ids.extend(row.new_token_ids)
+        sequence.block_ids.extend(row.new_block_ids)
+        return sequence
+
+    def _inputs(self, rows: list[ScheduledRow], sequences: list[_Sequence]) -> tuple[Tensor, Tensor]:
+        """Return token ids and positions, each `[num_tokens]`."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for row, sequence in zip(rows, sequences, strict=True):
+            stop = row.num_computed_tokens + row.num_scheduled_tokens
+            token_ids.extend(sequence.token_ids[row.num_computed_tokens : stop])
+            positions.extend(range(row.num_computed_tokens, stop))
+        return self._tensor(token_ids), self._tensor(positions)
+
+    def _metadata(self, rows: list[ScheduledRow], sequences: list[_Sequence], positions: Tensor) -> AttentionMetadata:
+        counts = [row.num_scheduled_tokens for row in rows]
+        longest = max(len(sequence.block_ids) for sequence in sequences)
+        block_tables = self._tensor([s.block_ids + [0] * (longest - len(s.block_ids)) for s in sequences])
+        row_of_token = torch.repeat_interleave(self._tensor(counts))
+        blocks = block_tables[row_of_token, positions // self._block_size]
+        return AttentionMetadata(
+            cu_seqlens_q=[0, *accumulate(counts)],
+            seq_lens=[row.num_computed_tokens + row.num_scheduled_tokens for row in rows],
+            block_tables=block_tables,
+            slot_mapping=blocks * self._block_size + positions % self._block_size,
+        )
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -1,0 +1,193 @@
+"""The life of a rank: HELLO, load, READY, then steps until the end."""
+
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import zmq
+
+from engine.checkpoint.fingerprint import fingerprint
+from engine.checkpoint.huggingface import load_weights
+from engine.communication.handler import CommunicationHandler
+from engine.communication.process_group import ProcessGroupManager
+from engine.models.llama import LlamaForCausalLM
+from engine.models.registry import build_model
+from engine.protocol.channel import Channel
+from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start
+from engine.protocol.model_config import ModelConfig
+from engine.scheduler.scheduler import Scheduler
+from engine.worker import kv_tensors
+from engine.worker.device import choose_device, choose_dtype, set_threads
+from engine.worker.follower import Follower
+from engine.worker.leader import Leader
+from engine.worker.model_runner import ModelRunner
+from engine.worker.parent import die_with_parent
+from engine.worker.statistics import RankStatistics, process_memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What a rank holds when it is READY."""
+
+    config: ModelConfig
+    model: LlamaForCausalLM
+    device: torch.device
+    dtype: torch.dtype
+    num_kv_heads: int  # of this rank
+    weight_bytes: int
+
+
+def run_rank(spec: RankSpec) -> int:
+    """Be one rank until killed. Returns an exit code only when something failed; the orchestrator was told what."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the server's to answer
+    rank = int(os.environ["RANK"])
+    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s rank {rank}: %(message)s")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    control = Channel(context, spec.epoch, Start)
+    control.connect(spec.control_endpoint(rank))
+    try:
+        _serve(spec, rank, context, control)
+    except ValueError as error:  # what a user did; anything else is our own fault and shows its traceback
+        control.send(Failed(epoch=spec.epoch, rank=rank, error=str(error), is_user_error=True))
+    except Exception as error:
+        logger.exception("cannot go on")
+        message = f"{type(error).__name__}: {error}"
+        control.send(Failed(epoch=spec.epoch, rank=rank, error=message, is_user_error=False))
+    _linger(context, control)
+    return 1
+
+
+def _serve(spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]", control: Channel) -> None:
+    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+    device = choose_device(spec.engine, int(os.environ.get("LOCAL_RANK", rank)))
+    control.send(
+        Hello(
+            epoch=spec.epoch,
+            rank=rank,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            device=str(device),
+            config_hash=config_hash(spec.engine),
+        )
+    )
+    with ProcessGroupManager(device) as groups:
+        group = groups.tensor_parallel
+        shard = _load(spec, group, device)
+        start = _agree(spec, group, shard, control)
+        _run_steps(spec, group, shard, start, context)
+
+
+def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> _Shard:
+    directory = Path(spec.engine.model)
+    config = ModelConfig.from_directory(directory)
+    config.check_tensor_parallel_size(group.world_size)
+    dtype = choose_dtype(spec.engine, config)
+    model = build_model(config, group, device=device, dtype=dtype)
+    load_weights(model, directory, group.rank, group.world_size)
+    return _Shard(
+        config=config,
+        model=model,
+        device=device,
+        dtype=dtype,
+        num_kv_heads=max(1, config.num_key_value_heads // group.world_size),
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+    )
+
+
+def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: Channel) -> Start:
+    """Say READY and wait until the orchestrator has found all ranks alike."""
+    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
+    num_kv_blocks = kv_tensors.num_blocks_that_fit(
+        spec.engine,
+        shard.config,
+        bytes_per_block=kv_tensors.block_bytes(
+            shard.config, block_size=spec.engine.block_size, num_kv_heads=shard.num_kv_heads, dtype=shard.dtype
+        ),
+        free_memory=kv_tensors.free_memory_share(shard.device, ranks_on_host),
+    )
+    control.send(
+        Ready(
+            epoch=spec.epoch,
+            rank=group.rank,
+            fingerprint=fingerprint(shard.model, Path(spec.engine.model), shard.config),
+            num_kv_blocks=num_kv_blocks,
+            memory={"weights": shard.weight_bytes, **process_memory(shard.device)},
+        )
+    )
+    start = control.receive()
+    assert isinstance(start, Start)
+    return start
+
+
+def _run_steps(
+    spec: RankSpec,
+    group: CommunicationHandler,
+    shard: _Shard,
+    start: Start,
+    context: "zmq.Context[zmq.Socket[bytes]]",
+) -> None:
+    kv_caches = kv_tensors.allocate(
+        shard.config,
+        num_blocks=start.num_kv_blocks,
+        block_size=spec.engine.block_size,
+        num_kv_heads=shard.num_kv_heads,
+        dtype=shard.dtype,
+        device=shard.device,
+    )
+    runner = ModelRunner(
+        shard.model,
+        kv_caches,
+        group,
+        block_size=spec.engine.block_size,
+        vocab_size=shard.config.vocab_size,
+        device=shard.device,
+    )
+    kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in kv_caches)
+    memory = {"weights": shard.weight_bytes, "kv_cache": kv_bytes}
+    statistics = RankStatistics(group, memory, epoch=spec.epoch)
+    if group.rank == 0:
+        _lead(spec, group, shard, start, context, runner, statistics)
+    else:
+        steps = Channel(context, spec.epoch, ScheduledStep)
+        steps.connect(spec.step_endpoint(group.rank))
+        Follower(runner, steps, statistics).run()
+
+
+def _lead(
+    spec: RankSpec,
+    group: CommunicationHandler,
+    shard: _Shard,
+    start: Start,
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    runner: ModelRunner,
+    statistics: RankStatistics,
+) -> None:
+    server = Channel(context, spec.epoch, RequestBatch)
+    server.bind(spec.engine_endpoint)
+    followers = [Channel(context, spec.epoch, RankStats) for _ in range(1, group.world_size)]
+    for follower_rank, follower in enumerate(followers, start=1):
+        follower.bind(spec.step_endpoint(follower_rank))
+    scheduler = Scheduler(
+        epoch=spec.epoch,
+        num_kv_blocks=start.num_kv_blocks,
+        block_size=spec.engine.block_size,
+        max_model_len=start.max_model_len,
+        max_num_seqs=spec.engine.max_num_seqs,
+        max_num_batched_tokens=spec.engine.max_num_batched_tokens,
+    )
+    Leader(scheduler, runner, server, followers, statistics, epoch=spec.epoch, vocab_size=shard.config.vocab_size).run()
+
+
+def _linger(context: "zmq.Context[zmq.Socket[bytes]]", control: Channel) -> None:
+    """Give the last word a moment to leave; the orchestrator ends this process when it has heard it."""
+    control.socket.setsockopt(zmq.LINGER, 2000)
+    control.socket.close()
+    context.destroy(linger=2000)

@@ -1,0 +1,53 @@
+"""What one rank reports of itself about once a second while it works."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from engine.communication.handler import CommunicationHandler
+from engine.protocol.messages import RankStats
+
+REPORT_INTERVAL = 1.0  # seconds
+
+
+class RankStatistics:
+    """Decides when a report is due: an interval after the last one, and only after work was done."""
+
+    def __init__(self, group: CommunicationHandler, memory: dict[str, int], *, epoch: int) -> None:
+        self._group = group
+        self._fixed_memory = memory  # weights and KV cache, which do not change
+        self._epoch = epoch
+        self._last = 0.0
+        self._has_news = False
+
+    def note_work(self) -> None:
+        """Say that something happened that is worth a report."""
+        self._has_news = True
+
+    def seconds_until_due(self) -> float | None:
+        """Return the seconds until the next report, 0 if it is due, None if there is nothing to report."""
+        if not self._has_news:
+            return None
+        return max(0.0, self._last + REPORT_INTERVAL - time.monotonic())
+
+    def take(self) -> RankStats:
+        """Return the deltas since the last report."""
+        self._last = time.monotonic()
+        self._has_news = False
+        return RankStats(
+            epoch=self._epoch,
+            rank=self._group.rank,
+            collectives=self._group.take_deltas(),
+            memory={**self._fixed_memory, **process_memory(self._group.device)},
+        )
+
+
+def process_memory(device: torch.device) -> dict[str, int]:
+    """Return this process's memory in bytes: `resident` on the host, `device_allocated` on a CUDA device."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    memory = {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
+    if device.type == "cuda":
+        memory["device_allocated"] = torch.cuda.memory_allocated(device)
+    return memory
