@@ -13,6 +13,7 @@ from engine.kvcache.block_pool import BlockPool
 from engine.protocol.messages import (
     FinishReason,
     Request,
+    SamplingParams,
     ScheduledRow,
     ScheduledStep,
     SchedulerStats,
@@ -122,10 +123,9 @@ class Scheduler:
                 outputs.append(self._apply_token(sequence, tokens[row.request_id]))
         return outputs
 
-    def request_of(self, row: ScheduledRow) -> Request | None:
-        """Return the request behind a row, or None if it is gone."""
-        sequence = self._sequences.get(row.request_id)
-        return None if sequence is None else sequence.request
+    def sampling_of(self, row: ScheduledRow) -> SamplingParams:
+        """Return how the row's next token is to be sampled."""
+        return self._sequences[row.request_id].request.sampling
 
     # --- looking inside ----------------------------------------------------------------------------------------------
 

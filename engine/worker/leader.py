@@ -3,6 +3,7 @@
 import math
 
 import zmq
+from torch import Tensor
 
 from engine.protocol.channel import Channel
 from engine.protocol.messages import (
@@ -66,6 +67,17 @@ class Leader:
         self._statistics.note_work()
         if not self._scheduler.has_work:
             self._scheduler.check_integrity()
+
+    def _sample(self, step: ScheduledStep, logits: Tensor) -> dict[str, int | str]:
+        """Return each sampling row's next token, or why it has none, by request id."""
+        rows = [row for row in step.rows if row.samples]
+        params = [self._scheduler.sampling_of(row) for row in rows]
+        positions = [row.num_computed_tokens + row.num_scheduled_tokens for row in rows]
+        samples = sample(logits, params, positions)
+        return {
+            row.request_id: str(drawn) if isinstance(drawn, SamplingError) else drawn
+            for row, drawn in zip(rows, samples, strict=True)
+        }
 
     # --- messages ----------------------------------------------------------------------------------------------------
 

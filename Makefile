@@ -1,0 +1,40 @@
+# `make serve` and `make test` work as the first command on a fresh machine: they create .venv and install.
+#
+# TORCH is where torch comes from: any requirement or options that pip takes. The CPU build of 2.13.0 is what is tested.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install serve test test-slow lint types format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+serve: install
+	$(VENV)/bin/ryzanstein serve
+
+test: lint types
+	$(VENV)/bin/python -m pytest
+
+test-slow: install
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install
+	$(VENV)/bin/mypy
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,94 @@
+import pytest
+
+from engine.orchestrator.handshake import Handshake, HandshakeError
+from engine.protocol.config import EMBEDDED_MODEL, EngineConfig, config_hash
+from engine.protocol.messages import Hello, Ready, Start
+from engine.protocol.model_config import ModelConfig, RopeConfig
+
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=100,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(),
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=False,
+    dtype="float32",
+)
+
+
+def engine_config(max_model_len: int | None = None) -> EngineConfig:
+    return EngineConfig(model=str(EMBEDDED_MODEL), tensor_parallel_size=2, max_model_len=max_model_len)
+
+
+def handshake(engine: EngineConfig) -> Handshake:
+    return Handshake(engine, MODEL, epoch=1)
+
+
+def hello(engine: EngineConfig, rank: int) -> Hello:
+    return Hello(epoch=1, rank=rank, pid=100 + rank, host="here", device="cpu", config_hash=config_hash(engine))
+
+
+def ready(rank: int, num_kv_blocks: int, fingerprint: str = "same") -> Ready:
+    return Ready(epoch=1, rank=rank, fingerprint=fingerprint, num_kv_blocks=num_kv_blocks, memory={"weights": 5})
+
+
+def complete(engine: EngineConfig, blocks: tuple[int, int]) -> Handshake:
+    group = handshake(engine)
+    for rank in (1, 0):
+        group.hear_hello(hello(engine, rank))
+        assert not group.is_complete
+        group.hear_ready(ready(rank, blocks[rank]))
+    return group
+
+
+def test_the_group_is_complete_when_all_ranks_are_ready() -> None:
+    group = complete(engine_config(), (8, 8))
+    assert group.is_complete
+    assert [rank.pid for rank in group.ranks] == [100, 101]
+    assert group.memory == {"weights": 10}
+
+
+def test_the_smallest_rank_decides_the_number_of_blocks_and_so_the_context() -> None:
+    assert complete(engine_config(), (8, 3)).start() == Start(epoch=1, num_kv_blocks=3, max_model_len=48)
+
+
+def test_the_models_own_context_is_the_limit_when_there_is_room() -> None:
+    assert complete(engine_config(), (100, 100)).start().max_model_len == 128
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_is_an_error() -> None:
+    with pytest.raises(ValueError, match="--max-model-len 100 does not fit: the KV cache holds 48 tokens"):
+        complete(engine_config(max_model_len=100), (8, 3)).start()
+
+
+def test_a_context_beyond_the_models_is_an_error() -> None:
+    with pytest.raises(ValueError, match="--max-model-len 129 is more than the model's max_position_embeddings, 128"):
+        complete(engine_config(max_model_len=129), (100, 100)).start()
+
+
+def test_a_rank_with_another_configuration_is_refused() -> None:
+    engine = engine_config()
+    with pytest.raises(HandshakeError, match="rank 1 on here was started with another configuration"):
+        handshake(engine).hear_hello(hello(engine_config(max_model_len=64), 1))
+
+
+def test_a_rank_of_another_protocol_version_is_refused() -> None:
+    engine = engine_config()
+    other = Hello(1, 1, 5, "here", "cpu", config_hash(engine), protocol_version=99)
+    with pytest.raises(HandshakeError, match="protocol version 99"):
+        handshake(engine).hear_hello(other)
+
+
+def test_ranks_with_different_weights_are_refused() -> None:
+    group = handshake(engine_config())
+    group.hear_ready(ready(0, 8))
+    with pytest.raises(HandshakeError, match="ranks 0 and 1 loaded different weights"):
+        group.hear_ready(ready(1, 8, fingerprint="other"))
