@@ -1,8 +1,12 @@
 """What every tensor-parallel layer declares: how its parameters are cut over the ranks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+
+from engine.communication.handler import CommunicationHandler
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,13 @@ class ShardPart:
         """Length of one rank's run."""
         return self.padded_size // self.num_shards
 
+    def shard_index(self, tp_rank: int, tp_size: int) -> int:
+        """Return which of the `num_shards` runs the rank holds."""
+        return tp_rank * self.num_shards // tp_size
+
     def bounds(self, tp_rank: int, tp_size: int) -> tuple[int, int]:
         """Return [start, stop) of the rank's run in the global tensor, clipped to `global_size` (may be empty)."""
-        start = tp_rank * self.num_shards // tp_size * self.local_size
+        start = self.shard_index(tp_rank, tp_size) * self.local_size
         return min(start, self.global_size), min(start + self.local_size, self.global_size)
 
 
@@ -36,17 +44,69 @@ class ShardSpec:
     dim: int | None = None
     parts: tuple[ShardPart, ...] = ()
 
+    @property
+    def local_size(self) -> int:
+        """Length of the rank's parameter in the split dimension: its runs of all parts."""
+        return sum(part.local_size for part in self.parts)
+
+    def places(self) -> Iterator[tuple[ShardPart, int]]:
+        """Yield each part with the offset of its run in the rank's parameter."""
+        offset = 0
+        for part in self.parts:
+            yield part, offset
+            offset += part.local_size
+
+    def has_replicas(self, tp_size: int) -> bool:
+        """Whether any run is held by more than one rank."""
+        return any(part.num_shards < tp_size for part in self.parts)
+
 
 class TensorParallelLayer(nn.Module):
     """Base of the parallel layers. `shard_specs` has one entry for each of the layer's own parameters, by its name."""
 
     shard_specs: dict[str, ShardSpec]
 
-    def __init__(self) -> None:
+    def __init__(self, group: CommunicationHandler) -> None:
         super().__init__()
+        self.group = group
         self.shard_specs = {}
+
+    def create_parameter(
+        self, shape: tuple[int, ...], spec: ShardSpec, *, device: torch.device, dtype: torch.dtype
+    ) -> nn.Parameter:
+        """Return a parameter of the rank's own `shape`, uninitialised but for its padding, which is zero."""
+        parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if spec.dim is not None:
+            for part, offset in spec.places():
+                start, stop = part.bounds(self.group.rank, self.group.world_size)
+                used = stop - start
+                parameter.data.narrow(spec.dim, offset + used, part.local_size - used).zero_()
+        return parameter
+
+
+def iterate_sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:
+    """Yield (name, parameter, how it is cut) for every parameter of `model` once, in the order of its modules.
+
+    A parameter's name is its tensor's name in the checkpoint, with the name of its module (the last but one in the
+    path) replaced by the `source` of the part, where it has one. A tied LM head shares its embedding's parameter and
+    is not yielded; so that it stays tied, fill parameters in place or through `.data`.
+
+    Raises:
+        ValueError: naming a parameter that no layer has declared a `ShardSpec` for.
+    """
+    for name, parameter in model.named_parameters():
+        module_name, _, own_name = name.rpartition(".")
+        layer = model.get_submodule(module_name)
+        if not isinstance(layer, TensorParallelLayer) or own_name not in layer.shard_specs:
+            raise ValueError(f"parameter {name} declares no ShardSpec")
+        yield name, parameter, layer.shard_specs[own_name]
 
 
 def padded_to(size: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
+
+
+def split_evenly(size: int, tp_size: int, source: str = "") -> ShardPart:
+    """Return the part that cuts a dimension of `size`, padded to fit, into one run a rank."""
+    return ShardPart(source, size, padded_to(size, tp_size), tp_size)

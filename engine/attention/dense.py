@@ -1,0 +1,26 @@
+"""Attention without a cache, for training."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from engine.attention.causal import causal_attention
+
+
+class DenseCausalAttention:
+    """Attention of whole sequences, packed one after the other; differentiable. See `engine.attention.base.Attention`.
+
+    Args:
+        cu_seqlens: sequence i has the tokens `cu_seqlens[i] : cu_seqlens[i + 1]`.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int]) -> None:
+        self._bounds = list(pairwise(cu_seqlens))
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG002
+        """Attend; see `Attention`. Nothing is kept, so the layer does not matter."""
+        return torch.cat(
+            [causal_attention(query[start:stop], key[start:stop], value[start:stop]) for start, stop in self._bounds]
+        )

@@ -1,0 +1,29 @@
+"""From the architecture that a checkpoint names to the class that computes it."""
+
+import torch
+
+from engine.communication.handler import CommunicationHandler
+from engine.models.llama import LlamaForCausalLM
+from engine.protocol.model_config import ModelConfig
+
+ARCHITECTURES = {"LlamaForCausalLM": LlamaForCausalLM}
+
+
+def build_model(
+    config: ModelConfig, group: CommunicationHandler, *, device: torch.device, dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """Return this rank's shard of the model, without weights.
+
+    Args:
+        config: the model.
+        group: the ranks that it is split over.
+        device: where the parameters lie.
+        dtype: their type, and that of the arithmetic.
+
+    Raises:
+        ValueError: naming the architecture and those that are known, or when the model cannot be split so.
+    """
+    if config.architecture not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(f"model: architecture {config.architecture} is not known; known: {known}")
+    return ARCHITECTURES[config.architecture](config, group, device=device, dtype=dtype)
