@@ -26,7 +26,7 @@ def random_llama(directory: Path, seed: int, **overrides: Any) -> Path:
         overrides: fields of LlamaConfig that are not to be drawn.
     """
     config = LlamaConfig(**{**_draw_shape(seed), **overrides})
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     _draw_weights(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(directory)
     return directory
