@@ -8,6 +8,9 @@ from typing import Any
 # Rope types of `rope_scaling` / `rope_parameters` that the engine computes.
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_SIZE = 2**31 - 1  # of any one dimension; beyond it a file is broken or hostile
+LARGEST_NUMBER = 1e30  # of any number that is no size; keeps infinity, and arithmetic that ends in it, out
+MOST_RANKS = 1024  # of which possible numbers are listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class ModelConfig:
             raise ValueError(f"model: {directory} has no config.json; is it a Hugging Face model directory?")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: holds no JSON object")
@@ -66,17 +69,18 @@ class ModelConfig:
     def check_tensor_parallel_size(self, tp_size: int) -> None:
         """Raise ValueError if the model cannot be split over `tp_size` ranks."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self._splits_over(tp_size):
+            return
+        possible = ", ".join(str(n) for n in range(1, min(heads, MOST_RANKS) + 1) if self._splits_over(n))
         if heads % tp_size:
-            valid = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-            raise ValueError(
-                f"--tensor-parallel-size {tp_size} does not divide the model's {heads} attention heads; "
-                f"possible: {', '.join(map(str, valid))}"
-            )
-        if kv_heads % tp_size and tp_size % kv_heads:
-            raise ValueError(
-                f"--tensor-parallel-size {tp_size} and the model's {kv_heads} key-value heads: "
-                "one must divide the other"
-            )
+            problem = f"does not divide the model's {heads} attention heads"
+        else:
+            problem = f"and the model's {kv_heads} key-value heads: one must divide the other"
+        raise ValueError(f"--tensor-parallel-size {tp_size} {problem}; possible: {possible}")
+
+    def _splits_over(self, tp_size: int) -> bool:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        return heads % tp_size == 0 and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)
 
 
 class _Fields:
@@ -88,13 +92,13 @@ class _Fields:
     def error(self, name: str, problem: str) -> ValueError:
         return ValueError(f"{self._path}: {self._prefix}{name} {problem}")
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None) -> int:
         value = self._raw.get(name)
         value = default if value is None else value
         if value is None:
             raise self.error(name, "is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.error(name, f"must be a whole number of at least {minimum}, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            raise self.error(name, f"must be a whole number from 1 to {LARGEST_SIZE}, not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -102,7 +106,7 @@ class _Fields:
         value = default if value is None else value
         if value is None:
             raise self.error(name, "is missing")
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
             raise self.error(name, f"must be a positive number, not {value!r}")
         return float(value)
 
@@ -116,23 +120,15 @@ class _Fields:
 
 def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
     get = _Fields(raw, path)
+    _refuse_what_is_not_computed(raw, get)
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise get.error("architectures", "must be a list with the model class's name")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise get.error("hidden_act", f"is {raw['hidden_act']!r}; only silu is computed")
-    if raw.get("quantization_config"):
-        raise get.error("quantization_config", "is set; quantized checkpoints are not read")
     hidden_size = get.integer("hidden_size")
     heads = get.integer("num_attention_heads")
     kv_heads = get.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise get.error("num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads ({heads})")
-    if raw.get("head_dim") is None and hidden_size % heads:
-        raise get.error("hidden_size", f"({hidden_size}) is no multiple of num_attention_heads ({heads})")
-    head_dim = get.integer("head_dim", hidden_size // heads)
-    if head_dim % 2:
-        raise get.error("head_dim", f"must be even for rotary positions, not {head_dim}")
     max_positions = get.integer("max_position_embeddings", 2048)
     return ModelConfig(
         architecture=architectures[0],
@@ -142,7 +138,7 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         num_hidden_layers=get.integer("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=_parse_head_dim(raw, get, hidden_size, heads),
         max_position_embeddings=max_positions,
         rms_norm_eps=get.number("rms_norm_eps", 1e-6),
         rope=_parse_rope(raw, path, max_positions),
@@ -151,6 +147,22 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         tie_word_embeddings=get.flag("tie_word_embeddings", False),
         dtype=_parse_dtype(raw, get),
     )
+
+
+def _refuse_what_is_not_computed(raw: dict[str, Any], get: _Fields) -> None:
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise get.error("hidden_act", f"is {raw['hidden_act']!r}; only silu is computed")
+    if raw.get("quantization_config"):
+        raise get.error("quantization_config", "is set; quantized checkpoints are not read")
+
+
+def _parse_head_dim(raw: dict[str, Any], get: _Fields, hidden_size: int, heads: int) -> int:
+    if raw.get("head_dim") is None and hidden_size % heads:
+        raise get.error("hidden_size", f"({hidden_size}) is no multiple of num_attention_heads ({heads})")
+    head_dim = get.integer("head_dim", hidden_size // heads)
+    if head_dim % 2:
+        raise get.error("head_dim", f"must be even for rotary positions, not {head_dim}")
+    return head_dim
 
 
 def _parse_dtype(raw: dict[str, Any], get: _Fields) -> str:
@@ -164,26 +176,39 @@ def _parse_dtype(raw: dict[str, Any], get: _Fields) -> str:
 
 
 def _parse_rope(raw: dict[str, Any], path: Path, max_positions: int) -> RopeConfig:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (published models)."""
-    name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (published models).
+
+    What each field falls back to, and which of two spellings wins, is what transformers does.
+    """
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     section = raw.get(name) or {}
     if not isinstance(section, dict):
         raise ValueError(f"{path}: {name} must be an object, not {section!r}")
-    get = _Fields(section, path, f"{name}.")
+    model, get = _Fields(raw, path), _Fields(section, path, f"{name}.")
     rope_type = section.get("rope_type", section.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise get.error("rope_type", f"is {rope_type!r}; known: {', '.join(ROPE_TYPES)}")
-    theta = get.number("rope_theta", _Fields(raw, path).number("rope_theta", 10000.0))
+    theta = get.number("rope_theta", model.number("rope_theta", 10000.0))
+    for fields in (model, get):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.error("partial_rotary_factor", "is set; only whole heads are rotated")
     if rope_type == "default":
         return RopeConfig(theta=theta)
-    factor = get.number("factor")
     if rope_type == "linear":
-        return RopeConfig(theta=theta, rope_type="linear", factor=factor)
+        return RopeConfig(theta=theta, rope_type="linear", factor=get.number("factor"))
+    return _parse_llama3(model, get, theta, max_positions)
+
+
+def _parse_llama3(model: _Fields, get: _Fields, theta: float, max_positions: int) -> RopeConfig:
+    low, high = get.number("low_freq_factor"), get.number("high_freq_factor")
+    if high <= low:
+        raise get.error("high_freq_factor", f"({high}) must be larger than low_freq_factor ({low})")
+    original = get.integer("original_max_position_embeddings", max_positions)
     return RopeConfig(
         theta=theta,
         rope_type="llama3",
-        factor=factor,
-        low_freq_factor=get.number("low_freq_factor"),
-        high_freq_factor=get.number("high_freq_factor"),
-        original_max_position_embeddings=get.integer("original_max_position_embeddings", max_positions),
+        factor=get.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=model.integer("original_max_position_embeddings", original),
     )
