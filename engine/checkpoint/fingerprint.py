@@ -36,7 +36,8 @@ def fingerprint(model: nn.Module, directory: Path, config: ModelConfig) -> str:
     digest = hashlib.sha256()
     _add(digest, "config", json.dumps(asdict(config), sort_keys=True).encode())
     for path in weight_files(directory):
-        _add(digest, f"{path.name} {path.stat().st_size}", _read_header(path))
+        size = path.stat().st_size
+        _add(digest, f"{path.name} {size}", _read_header(path, size))
     for name, parameter, spec in iterate_sharded_parameters(model):
         if spec.dim is None:
             _add(digest, f"{name} {parameter.dtype} {list(parameter.shape)}", _bytes_of(parameter))
@@ -50,9 +51,9 @@ def _add(digest: "_Hash", label: str, content: bytes) -> None:
         digest.update(entry)
 
 
-def _read_header(path: Path) -> bytes:
+def _read_header(path: Path, file_size: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(LENGTH_BYTES), "little"))
+        return file.read(min(file_size, int.from_bytes(file.read(LENGTH_BYTES), "little")))
 
 
 def _bytes_of(parameter: Tensor) -> bytes:

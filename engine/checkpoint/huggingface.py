@@ -16,9 +16,10 @@ What to read follows from each parameter's `ShardSpec`; there is no table of nam
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,11 +46,11 @@ def load_weights(model: nn.Module, directory: Path, tp_rank: int, tp_size: int) 
     Raises:
         ValueError: naming the file and the tensor, when the directory does not hold exactly this model.
     """
-    with WeightFiles(directory) as files, torch.no_grad():
-        names = _names_of_parameters(model)
-        files.check_no_extras({source for spec, aliases in names.values() for source in _all_sources(spec, aliases)})
-        for name, parameter, spec in iterate_sharded_parameters(model):
-            _Filler(files, spec, tp_rank, tp_size).fill(parameter, names[name][1])
+    targets = _targets(model)
+    with WeightFiles(directory) as files:
+        files.check_no_extras({source for target in targets for source in target.all_sources()})
+        for target in targets:
+            _fill(target, files, tp_rank, tp_size)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -99,7 +100,7 @@ class WeightFiles:
         self._path_of: dict[str, Path] = {}
         self._prefix = ""
 
-    def __enter__(self) -> "WeightFiles":
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             for path in self._paths:
                 self._handles[path] = stack.enter_context(_open(path))
@@ -138,44 +139,53 @@ class WeightFiles:
     def __contains__(self, name: str) -> bool:
         return name.removeprefix(self._prefix) in self._path_of
 
-    def read(self, name: str, shape: list[int], dim: int | None, start: int, stop: int) -> Tensor:
-        """Return `[start, stop)` of a tensor along `dim`, or all of it if `dim` is None.
-
-        Args:
-            name: as the model has it.
-            shape: that the whole tensor must have.
-            dim: the dimension to cut.
-            start: where the slice begins.
-            stop: where it ends; equal to `start` for an empty slice.
-
-        Raises:
-            ValueError: if the tensor is missing, or not of this shape, or of a type that is not read.
-        """
-        name = name.removeprefix(self._prefix)
-        if name not in self._path_of:
-            raise ValueError(f"{self._listing}: tensor {name} is missing")
-        path = self._path_of[name]
-        content = self._handles[path].get_slice(name)
-        if content.get_dtype() not in READABLE_DTYPES:
-            raise ValueError(
-                f"{path}: tensor {name} is of type {content.get_dtype()}; read are {', '.join(READABLE_DTYPES)}"
-            )
-        if content.get_shape() != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {content.get_shape()}, but config.json asks for {shape}")
-        if dim is None:
-            return self._slice(content, ...)
-        if start == stop:
-            return torch.empty([*shape[:dim], 0, *shape[dim + 1 :]])
-        return self._slice(content, (*[slice(None)] * dim, slice(start, stop)))
-
     def path_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
         return self._path_of[name.removeprefix(self._prefix)]
 
-    @staticmethod
-    def _slice(content: Any, index: Any) -> Tensor:
-        values: Tensor = content[index]
+    def read(self, name: str, wanted: "_Slice") -> Tensor:
+        """Return a slice of the tensor that the model calls `name`; other parts of it are not read.
+
+        Raises:
+            ValueError: if the tensor is missing, or not of the expected shape, or of a type that is not read.
+        """
+        name = name.removeprefix(self._prefix)
+        if name not in self._path_of:
+            raise ValueError(f"{self._listing}: tensor {name} is missing")
+        tensor = self._handles[self._path_of[name]].get_slice(name)
+        problem = _problem_of(tensor.get_dtype(), tensor.get_shape(), wanted.global_shape)
+        if problem:
+            raise ValueError(f"{self._path_of[name]}: tensor {name} {problem}")
+        values: Tensor = torch.empty(wanted.local_shape) if wanted.is_empty else tensor[wanted.index]
         return values
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """`[start, stop)` along `dim` of a tensor of `global_shape`; all of it where `dim` is None."""
+
+    global_shape: list[int]
+    dim: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self.dim is not None and self.start == self.stop
+
+    @property
+    def local_shape(self) -> list[int]:
+        return [self.stop - self.start if i == self.dim else size for i, size in enumerate(self.global_shape)]
+
+    @property
+    def index(self) -> Any:
+        return ... if self.dim is None else (*[slice(None)] * self.dim, slice(self.start, self.stop))
+
+
+def _problem_of(dtype: str, shape: list[int], expected_shape: list[int]) -> str:
+    if dtype not in READABLE_DTYPES:
+        return f"is of type {dtype}; read are {', '.join(READABLE_DTYPES)}"
+    return "" if shape == expected_shape else f"has shape {shape}, but config.json asks for {expected_shape}"
 
 
 def _open(path: Path) -> Any:
@@ -185,17 +195,31 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path}: is no whole safetensors file ({error}); was it downloaded completely?") from error
 
 
-def _names_of_parameters(model: nn.Module) -> dict[str, tuple[ShardSpec, list[str]]]:
-    """Return each parameter's spec and all names it goes by (tied ones have several), by its first name."""
+@dataclass(frozen=True)
+class _Target:
+    """One parameter to fill, and the names that it goes by: tied parameters have several."""
+
+    parameter: nn.Parameter
+    spec: ShardSpec
+    names: list[str]
+
+    def sources(self, part: ShardPart | None) -> list[str]:
+        """Return the checkpoint's names of one part, or of all of the parameter."""
+        return [_source_name(name, part) for name in self.names]
+
+    def all_sources(self) -> Iterator[str]:
+        """Yield every name that any part goes by."""
+        for part in self.spec.parts or (None,):
+            yield from self.sources(part)
+
+
+def _targets(model: nn.Module) -> list[_Target]:
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
-    return {name: (spec, names_of[id(parameter)]) for name, parameter, spec in iterate_sharded_parameters(model)}
-
-
-def _all_sources(spec: ShardSpec, aliases: list[str]) -> Iterator[str]:
-    parts: tuple[ShardPart | None, ...] = spec.parts or (None,)
-    return (_source_name(alias, part) for alias in aliases for part in parts)
+    return [
+        _Target(parameter, spec, names_of[id(parameter)]) for _, parameter, spec in iterate_sharded_parameters(model)
+    ]
 
 
 def _source_name(name: str, part: ShardPart | None) -> str:
@@ -206,45 +230,31 @@ def _source_name(name: str, part: ShardPart | None) -> str:
     return ".".join((*modules, part.source, own_name))
 
 
-class _Filler:
-    """Fills one parameter, part by part."""
+def _fill(target: _Target, files: WeightFiles, tp_rank: int, tp_size: int) -> None:
+    values, dim = target.parameter.data, target.spec.dim
+    if dim is None:
+        _copy(values, target.sources(None), files, _Slice(list(values.shape)))
+        return
+    for part, offset in target.spec.places():
+        start, stop = part.bounds(tp_rank, tp_size)
+        used = stop - start
+        run = values.narrow(dim, offset, part.local_size)
+        global_shape = [*values.shape[:dim], part.global_size, *values.shape[dim + 1 :]]
+        _copy(run.narrow(dim, 0, used), target.sources(part), files, _Slice(global_shape, dim, start, stop))
+        run.narrow(dim, used, part.local_size - used).zero_()
 
-    def __init__(self, files: WeightFiles, spec: ShardSpec, tp_rank: int, tp_size: int) -> None:
-        self._files = files
-        self._spec = spec
-        self._tp_rank = tp_rank
-        self._tp_size = tp_size
 
-    def fill(self, parameter: nn.Parameter, aliases: list[str]) -> None:
-        dim = self._spec.dim
-        if dim is None:
-            self._copy(parameter.data, aliases, None, list(parameter.shape), (0, 0))
-            return
-        for part, offset in self._spec.places():
-            start, stop = part.bounds(self._tp_rank, self._tp_size)
-            run = parameter.data.narrow(dim, offset, part.local_size)
-            shape = [*parameter.shape[:dim], part.global_size, *parameter.shape[dim + 1 :]]
-            self._copy(run.narrow(dim, 0, stop - start), aliases, part, shape, (start, stop))
-            run.narrow(dim, stop - start, part.local_size - (stop - start)).zero_()
-
-    def _copy(
-        self, target: Tensor, aliases: list[str], part: ShardPart | None, shape: list[int], bounds: tuple[int, int]
-    ) -> None:
-        sources = [_source_name(alias, part) for alias in aliases]
-        first, *others = [source for source in sources if source in self._files] or sources[:1]
-        values = self._files.read(first, shape, self._spec.dim, *bounds)
-        target.copy_(values)
-        self._check_converted(first, values, target)
-        for other in others:
-            if not torch.equal(values, self._files.read(other, shape, self._spec.dim, *bounds)):
-                raise ValueError(
-                    f"{self._files.path_of(other)}: tensor {other} differs from {first}, "
-                    "although config.json ties them into one"
-                )
-
-    def _check_converted(self, name: str, values: Tensor, target: Tensor) -> None:
-        """Only float16 has a smaller range than the types that are read."""
-        if target.dtype == torch.float16 and values.dtype != torch.float16 and not bool(target.isfinite().all()):
+def _copy(run: Tensor, sources: list[str], files: WeightFiles, wanted: _Slice) -> None:
+    """Copy the first of `sources` that the files have; where they have others too, these must be the same."""
+    first, *others = [source for source in sources if source in files] or sources[:1]
+    values = files.read(first, wanted)
+    run.copy_(values)
+    if run.dtype == torch.float16 and values.dtype != torch.float16 and not bool(run.isfinite().all()):
+        raise ValueError(
+            f"{files.path_of(first)}: tensor {first} has values that float16 cannot hold; use another --dtype"
+        )
+    for other in others:
+        if not torch.equal(values, files.read(other, wanted)):
             raise ValueError(
-                f"{self._files.path_of(name)}: tensor {name} has values that float16 cannot hold; use another --dtype"
+                f"{files.path_of(other)}: tensor {other} differs from {first}, although config.json ties them into one"
             )
