@@ -105,16 +105,16 @@ class EngineProcess:
                 raise TimeoutError("the engine is silent")
 
     def generate(self, requests: list[Request]) -> dict[str, list[int]]:
-        """Run requests to their end and return their tokens by request id."""
+        """Run requests to their end; return the tokens that came meanwhile by request id."""
         self.submit(requests)
         tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
         unfinished = set(tokens)
         while unfinished:
             for output in self.receive():
                 assert output.finish_reason is not FinishReason.ERROR, output.error
-                tokens[output.request_id].extend(output.token_ids)
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
                 if output.finish_reason is not None:
-                    unfinished.remove(output.request_id)
+                    unfinished.discard(output.request_id)
         return tokens
 
     def wait_for_report(self, timeout: float = 10.0) -> StatsReport:

@@ -23,7 +23,7 @@ class Reference:
 
     def __init__(self, directory: Path) -> None:
         self._model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        self._model.eval()
+        self._model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:

@@ -1,0 +1,129 @@
+"""How a rank group ends: by a death, by a mistake, by being asked. Nothing may be left of it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.protocol.config import EngineConfig
+from engine.protocol.messages import GroupState, Request, SamplingParams
+from tests.checkpoints import random_llama
+from tests.engine_process import EngineFailedError, EngineProcess
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_llama(tmp_path_factory.mktemp("llama"), seed=1, num_attention_heads=4, num_key_value_heads=2)
+
+
+def config(checkpoint: Path, tp_size: int = 2) -> EngineConfig:
+    return EngineConfig(
+        model=str(checkpoint), tensor_parallel_size=tp_size, device="cpu", dtype="float32", num_kv_blocks=64
+    )
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """Return the seconds until `condition` held; fail when it did not in time."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it did not happen in time"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_and_takes_its_group_along(checkpoint: Path, victim: int) -> None:
+    shared_memory = set(os.listdir("/dev/shm"))
+    with EngineProcess(config(checkpoint)) as engine:
+        processes = descendants(engine.process.pid)
+        engine.submit([Request("a", [1, 2, 3], SamplingParams(max_tokens=900))])
+        engine.receive()
+        os.kill(engine.status.ranks[victim].pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(EngineFailedError, match=rf"rank {victim} \(pid \d+\) was killed by SIGKILL") as failure:
+            engine.wait_for(GroupState.READY)
+        assert time.monotonic() - started < 10
+        assert not failure.value.status.is_user_error
+        assert engine.process.wait(10) == 1
+        wait_until(lambda: not any(process.is_running() for process in processes), 5)
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def test_ranks_die_with_a_killed_orchestrator(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint)) as engine:
+        processes = descendants(engine.process.pid)
+        assert len(processes) == 2
+        engine.process.kill()
+        engine.process.wait()
+        wait_until(lambda: not any(process.is_running() for process in processes), 5)
+
+
+def test_closing_the_orchestrators_input_ends_the_group_and_removes_its_folder(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint)) as engine:
+        processes = descendants(engine.process.pid)
+        assert engine.process.stdin is not None
+        engine.process.stdin.close()
+        assert engine.process.wait(5) == 0
+        assert not any(process.is_running() for process in processes)
+        assert not Path(engine.spec.run_dir).exists()
+
+
+def test_sigterm_to_the_orchestrator_ends_the_group(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint)) as engine:
+        processes = descendants(engine.process.pid)
+        engine.process.terminate()
+        assert engine.process.wait(5) == 0
+        assert not any(process.is_running() for process in processes)
+
+
+def test_a_rank_ignores_the_terminals_interrupt(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint)) as engine:
+        for rank in engine.status.ranks:
+            os.kill(rank.pid, signal.SIGINT)
+        requests = [Request("a", [1, 2, 3], SamplingParams(max_tokens=4))]
+        assert len(engine.generate(requests)["a"]) == 4
+
+
+def test_a_missing_weights_file_is_the_users_to_mend(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with pytest.raises(EngineFailedError, match="safetensors") as failure, EngineProcess(config(tmp_path)):
+        pass
+    assert failure.value.status.is_user_error
+
+
+def test_a_context_that_the_cache_cannot_hold_is_the_users_to_mend(checkpoint: Path) -> None:
+    wrong = EngineConfig(model=str(checkpoint), device="cpu", num_kv_blocks=2, max_model_len=33)
+    with pytest.raises(EngineFailedError, match="--max-model-len 33 does not fit") as failure, EngineProcess(wrong):
+        pass
+    assert failure.value.status.is_user_error
+
+
+def test_a_request_that_can_never_run_is_answered_with_its_error(checkpoint: Path) -> None:
+    sampling = SamplingParams(max_tokens=4)
+    with EngineProcess(config(checkpoint, tp_size=1)) as engine:
+        engine.submit([Request("outside", [10**6], sampling), Request("good", [1], sampling)])
+        outputs = {output.request_id: output for output in engine.receive()}
+        assert outputs["outside"].error is not None
+        assert "outside the vocabulary" in outputs["outside"].error
+        assert engine.receive()[0].request_id == "good"
+
+
+def test_an_aborted_request_frees_its_blocks_while_others_go_on(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint)) as engine:
+        sampling = SamplingParams(max_tokens=200, temperature=0.0)
+        engine.submit([Request("gone", [1, 2], sampling), Request("stays", [3, 4], sampling)])
+        engine.receive()
+        engine.submit(aborted=["gone"])
+        tokens = engine.generate([Request("later", [5], SamplingParams(max_tokens=300, temperature=0.0))])
+        assert len(tokens["later"]) == 300
+        report = engine.wait_for_report()
+        assert report.scheduler.num_free_kv_blocks == 64
+        assert sum(report.scheduler.integrity_checks for report in engine.reports) > 0
