@@ -1,0 +1,157 @@
+"""Logits of random Llama checkpoints are transformers', however the model is split and its sequences are chunked."""
+
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM as Reference
+
+from engine.attention.base import AttentionMetadata, KVCache
+from engine.attention.dense import DenseCausalAttention
+from engine.attention.rotary import inverse_frequencies
+from engine.attention.torch_paged import PagedAttention
+from engine.checkpoint.huggingface import load_weights
+from engine.communication.handler import CommunicationHandler
+from engine.models.llama import LlamaForCausalLM
+from engine.models.registry import build_model
+from engine.protocol.model_config import ModelConfig
+from tests.checkpoints import HEADS, random_llama
+from tests.distributed import run_on_ranks
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of the largest logit
+LENGTHS = (1, 70, 33, 16)
+BLOCK_SIZE = 16
+BLOCKS_EACH = -(-max(LENGTHS) // BLOCK_SIZE)
+SPLITS = (0, 13, 69, 70)  # a chunk, a chunk with something before it, and a decode
+ODDITIES: dict[str, dict[str, Any]] = {
+    "prime hidden size": {"hidden_size": 37, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8},
+    "no head_dim": {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": None},
+    "all biases": {"attention_bias": True, "mlp_bias": True},
+    "vocabulary of 5": {"vocab_size": 5},
+    "intermediate size of 1": {"intermediate_size": 1},
+}
+
+
+def token_ids_of(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(vocab_size)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def load(group: CommunicationHandler, directory: Path) -> tuple[LlamaForCausalLM, ModelConfig]:
+    config = ModelConfig.from_directory(directory)
+    model = build_model(config, group, device=CPU, dtype=torch.float32)
+    load_weights(model, directory, group.rank, group.world_size)
+    return model, config
+
+
+def dense_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
+    """Compute all sequences at once, as in training."""
+    model, config = load(group, directory)
+    attend = DenseCausalAttention([0, *accumulate(LENGTHS)])
+    token_ids = torch.tensor([token for ids in token_ids_of(config.vocab_size) for token in ids])
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    with torch.inference_mode():
+        logits = group.gather(model.compute_logits(model(token_ids, positions, attend)))
+    return None if logits is None else logits[:, : config.vocab_size]
+
+
+def paged_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
+    """Compute all sequences together in the steps that `SPLITS` cuts them into, over a paged cache."""
+    model, config = load(group, directory)
+    num_kv_heads = max(1, config.num_key_value_heads // group.world_size)
+    shape = (len(LENGTHS) * BLOCKS_EACH, BLOCK_SIZE, num_kv_heads, config.head_dim)
+    caches = [KVCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+    sequences = [torch.tensor(ids) for ids in token_ids_of(config.vocab_size)]
+    found: list[list[Tensor]] = [[] for _ in LENGTHS]
+    for start, stop in pairwise(SPLITS):
+        chunks = [(i, start, min(stop, length)) for i, length in enumerate(LENGTHS) if start < length]
+        token_ids = torch.cat([sequences[i][first:last] for i, first, last in chunks])
+        positions = torch.cat([torch.arange(first, last) for _, first, last in chunks])
+        metadata = metadata_of(chunks)
+        with torch.inference_mode():
+            hidden = model(token_ids, positions, PagedAttention(caches, metadata))
+            logits = group.gather(model.compute_logits(hidden))
+        for (i, _, _), (first, last) in zip(chunks, pairwise(metadata.cu_seqlens_q), strict=True):
+            if logits is not None:
+                found[i].append(logits[first:last, : config.vocab_size])
+    return None if group.rank else torch.cat([part for parts in found for part in parts])
+
+
+def metadata_of(chunks: list[tuple[int, int, int]]) -> AttentionMetadata:
+    """Describe a step of (sequence, start, stop); each sequence has `BLOCKS_EACH` blocks, in falling order."""
+    tables = torch.arange(len(LENGTHS) * BLOCKS_EACH).view(len(LENGTHS), BLOCKS_EACH).flip(1)
+    slots = [
+        int(tables[i, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
+        for i, first, last in chunks
+        for position in range(first, last)
+    ]
+    return AttentionMetadata(
+        cu_seqlens_q=[0, *accumulate(last - first for _, first, last in chunks)],
+        seq_lens=[last for _, _, last in chunks],
+        block_tables=tables[[i for i, _, _ in chunks]],
+        slot_mapping=torch.tensor(slots),
+    )
+
+
+@torch.inference_mode()
+def reference_logits(directory: Path) -> Tensor:
+    model = Reference.from_pretrained(directory, dtype=torch.float32)
+    return torch.cat([model(torch.tensor([ids])).logits[0] for ids in token_ids_of(model.config.vocab_size)])
+
+
+def valid_sizes(directory: Path) -> list[int]:
+    config = ModelConfig.from_directory(directory)
+    sizes = []
+    for tp_size in range(1, 5):
+        try:
+            config.check_tensor_parallel_size(tp_size)
+        except ValueError:
+            continue
+        sizes.append(tp_size)
+    return sizes
+
+
+def check(directory: Path) -> None:
+    expected = reference_logits(directory)
+    for tp_size in valid_sizes(directory):
+        for compute in (dense_logits, paged_logits):
+            ours = run_on_ranks(compute, tp_size, directory)[0]
+            assert ours is not None
+            assert ours.shape == expected.shape
+            error = (ours - expected).abs().max() / expected.abs().max()
+            assert error <= TOLERANCE, f"{compute.__name__} at tp {tp_size}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_logits_of_random_checkpoints_are_those_of_transformers(seed: int, tmp_path: Path) -> None:
+    check(random_llama(tmp_path, seed))
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_logits_of_odd_checkpoints_are_those_of_transformers(oddity: str, tmp_path: Path) -> None:
+    check(random_llama(tmp_path, 1, **ODDITIES[oddity]))
+
+
+def test_every_tensor_parallel_size_up_to_4_is_covered(tmp_path: Path) -> None:
+    sizes = [valid_sizes(random_llama(tmp_path / str(seed), seed)) for seed in range(100, 100 + len(HEADS))]
+    assert {tp_size for valid in sizes for tp_size in valid} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rotary_frequencies_are_bit_for_bit_those_of_transformers(seed: int, tmp_path: Path) -> None:
+    directory = random_llama(tmp_path, seed, head_dim=64)
+    theirs = Reference.from_pretrained(directory, dtype=torch.float32).model.rotary_emb.inv_freq
+    assert torch.equal(inverse_frequencies(64, ModelConfig.from_directory(directory).rope), theirs)
+
+
+def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path) -> None:
+    directory = random_llama(tmp_path, 0)
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "NobodyForCausalLM"))
+    config = ModelConfig.from_directory(directory)
+    with pytest.raises(ValueError, match="architecture NobodyForCausalLM is not known; known: LlamaForCausalLM"):
+        build_model(config, CommunicationHandler(CPU), device=CPU, dtype=torch.float32)
