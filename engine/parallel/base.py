@@ -72,16 +72,11 @@ class TensorParallelLayer(nn.Module):
         self.shard_specs = {}
 
     def create_parameter(
-        self, shape: tuple[int, ...], spec: ShardSpec, *, device: torch.device, dtype: torch.dtype
+        self, name: str, shape: tuple[int, ...], spec: ShardSpec, *, device: torch.device, dtype: torch.dtype
     ) -> nn.Parameter:
-        """Return a parameter of the rank's own `shape`, uninitialised but for its padding, which is zero."""
-        parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        if spec.dim is not None:
-            for part, offset in spec.places():
-                start, stop = part.bounds(self.group.rank, self.group.world_size)
-                used = stop - start
-                parameter.data.narrow(spec.dim, offset + used, part.local_size - used).zero_()
-        return parameter
+        """Return an uninitialised parameter of the rank's own `shape`, declared as `name`. Who fills it pads with 0."""
+        self.shard_specs[name] = spec
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
 
 def iterate_sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:

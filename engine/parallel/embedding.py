@@ -31,10 +31,9 @@ class VocabParallelEmbedding(TensorParallelLayer):
     ) -> None:
         super().__init__(group)
         part = split_evenly(vocab_size, group.world_size)
-        spec = ShardSpec(0, (part,))
         self.first_id = group.rank * part.local_size
-        self.shard_specs["weight"] = spec
-        self.weight = self.create_parameter((part.local_size, hidden_size), spec, device=device, dtype=dtype)
+        shape = (part.local_size, hidden_size)
+        self.weight = self.create_parameter("weight", shape, ShardSpec(0, (part,)), device=device, dtype=dtype)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Map ids `[num_tokens]`, each in `0 <= id < vocab_size`, to `[num_tokens, hidden_size]` on every rank."""
@@ -60,12 +59,12 @@ class ParallelLMHead(TensorParallelLayer):
     def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool) -> None:
         super().__init__(embedding.group)
         spec, weight = embedding.shard_specs["weight"], embedding.weight
-        self.shard_specs["weight"] = spec
-        self.weight = (
-            weight
-            if tied
-            else self.create_parameter(tuple(weight.shape), spec, device=weight.device, dtype=weight.dtype)
-        )
+        if tied:
+            self.shard_specs["weight"] = spec
+            self.weight = weight
+        else:
+            shape = tuple(weight.shape)
+            self.weight = self.create_parameter("weight", shape, spec, device=weight.device, dtype=weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[num_rows, hidden_size]`, the same on all ranks, to this rank's logits `[num_rows, local_vocab]`."""

@@ -45,12 +45,10 @@ class ColumnParallelLinear(TensorParallelLayer):
         super().__init__(group)
         spec = ShardSpec(0, tuple(parts))
         self.spec = spec
-        self.shard_specs["weight"] = spec
-        self.weight = self.create_parameter((spec.local_size, in_features), spec, device=device, dtype=dtype)
+        self.weight = self.create_parameter("weight", (spec.local_size, in_features), spec, device=device, dtype=dtype)
         self.bias: nn.Parameter | None = None
         if bias:
-            self.shard_specs["bias"] = spec
-            self.bias = self.create_parameter((spec.local_size,), spec, device=device, dtype=dtype)
+            self.bias = self.create_parameter("bias", (spec.local_size,), spec, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[num_tokens, in_features]`, the same on all ranks, to this rank's `[num_tokens, local_out_features]`."""
@@ -88,13 +86,11 @@ class RowParallelLinear(TensorParallelLayer):
     ) -> None:
         super().__init__(group)
         self.reduce = reduce
-        spec = ShardSpec(1, (part,))
-        self.shard_specs["weight"] = spec
-        self.weight = self.create_parameter((out_features, part.local_size), spec, device=device, dtype=dtype)
+        shape = (out_features, part.local_size)
+        self.weight = self.create_parameter("weight", shape, ShardSpec(1, (part,)), device=device, dtype=dtype)
         self.bias: nn.Parameter | None = None
         if bias:
-            self.shard_specs["bias"] = ShardSpec()
-            self.bias = self.create_parameter((out_features,), ShardSpec(), device=device, dtype=dtype)
+            self.bias = self.create_parameter("bias", (out_features,), ShardSpec(), device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's `[num_tokens, local_in_features]` to `[num_tokens, out_features]`.

@@ -25,8 +25,7 @@ class RMSNorm(TensorParallelLayer):
     ) -> None:
         super().__init__(group)
         self.eps = eps
-        self.shard_specs["weight"] = ShardSpec()
-        self.weight = self.create_parameter((size,), ShardSpec(), device=device, dtype=dtype)
+        self.weight = self.create_parameter("weight", (size,), ShardSpec(), device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[num_tokens, size]` to the same shape and type."""
