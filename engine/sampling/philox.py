@@ -11,8 +11,8 @@ The noise of token id `t`, were it chosen at position `p` of choice `c` of a req
     u        = (x + 1/2) / 2^32                    exact in float64; 2^-33 <= u <= 1 - 2^-33
     gumbel   = float32(-log(-log(u)))              both logarithms in float64
 
-CPU and CUDA logarithms differ by at most a few units in the last place of float64, which rounding to float32 hides in
-all but about one of 10^8 values: the noise is the same on both for practical purposes, and `x` and `u` are so exactly.
+`x` and `u` are the same on every device. Logarithms of CPU and CUDA may differ by a few units in the last place of
+float64; rounding to float32, which has 29 bits less, should hide that in all but about one of 10^8 values.
 
 All words are unsigned 32-bit numbers held in int64 tensors, since torch computes little in unsigned types. A product of
 two words may pass 2^63; it then wraps modulo 2^64, and the masks below take the right bits of it all the same.

@@ -102,7 +102,10 @@ def test_draws_over_many_seeds_and_choices_follow_the_softmax(varied: str) -> No
     check_counts(counts, expected_distribution(logits[0].tolist(), params()))
 
 
-@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 2500}, {"top_k": 2500, "top_p": 0.6}, {"top_k": 1000}])
+@pytest.mark.parametrize(
+    "filters",
+    [{"top_p": 0.9}, {"top_k": 2500}, {"top_k": 2500, "top_p": 0.6}, {"top_k": 1200, "top_p": 0.4}, {"top_k": 1000}],
+)
 def test_filters_that_keep_more_than_the_candidates_follow_the_filtered_softmax(filters: dict[str, Any]) -> None:
     """4,000 tokens, nearly flat, of which more than a thousand are kept; counted in 20 groups by likelihood."""
     draws = 2000
@@ -148,7 +151,7 @@ def test_top_k_takes_the_lower_ids_of_equals_at_its_border() -> None:
 
 
 def test_zero_and_minus_zero_are_equals() -> None:
-    logits = torch.tensor([-0.0, 0.0, -0.0, 0.0])
+    logits = torch.tensor([0.0, -0.0, -0.0, 0.0])
     tokens = {draw(logits, params(top_k=2, seed=seed)) for seed in range(100)}
     assert tokens == {0, 1}
 
@@ -174,10 +177,12 @@ def test_a_very_high_temperature_is_nearly_flat() -> None:
     check_counts(counts, expected_distribution(logits[0].tolist(), param))
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45, 5e-324])
-def test_no_temperature_is_too_low(temperature: float) -> None:
+def test_no_temperature_is_too_low(temperature: float, filters: dict[str, Any]) -> None:
     logits = random_logits(20, 300, seed=6) * 1e4
-    assert sample(logits, [params(temperature=temperature)] * 20, [1] * 20) == logits.argmax(dim=1).tolist()
+    rows = [params(temperature=temperature, **filters)] * 20
+    assert sample(logits, rows, [1] * 20) == logits.argmax(dim=1).tolist()
 
 
 def test_a_token_depends_on_seed_choice_and_position_and_on_nothing_else() -> None:
