@@ -1,0 +1,151 @@
+"""Building blocks of the request models: prompts, stop strings, and fields that only their neutral value may have."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeGuard
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+MAX_PROMPTS = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+
+
+class RequestModel(BaseModel):
+    """Types are not converted, and a field that nobody knows is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+# typing caches Annotated types by equality, for which 0 and False are one.
+@dataclass(frozen=True, eq=False)
+class Neutral:
+    """Marks a field that is not supported: null and these values say nothing and are accepted, others are an error."""
+
+    values: tuple[Any, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.values], "description": "Not supported: only these values, without effect."}
+
+    def _check(self, value: object) -> None:
+        if value is None or any(_same(value, neutral) for neutral in self.values):
+            return
+        allowed = ", ".join(map(json.dumps, (None, *self.values)))
+        message = "is not supported; leave it out, or send one of {allowed}"
+        raise PydanticCustomError("unsupported_value", message, {"allowed": allowed})
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality that tells false from 0."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
+
+
+def neutral(*values: Any) -> Any:
+    """Return the annotation's mark for an unsupported field with these neutral values besides null."""
+    return Neutral(values)
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """Return an error that pydantic attributes to the field being validated."""
+    # As a template's argument, since the message may hold braces that a user wrote.
+    return PydanticCustomError("invalid_value", "{message}", {"message": message})
+
+
+PromptInput = str | list[str] | list[int] | list[list[int]]
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Text that UTF-8 can express: JSON can escape half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise invalid("holds half of a surrogate pair, which is not a character") from None
+    return True
+
+
+def _are_ids(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def parse_prompt(value: object) -> list[str] | list[list[int]]:
+    """Return texts or lists of ids from a text, texts, ids, or lists of ids.
+
+    Raises:
+        PydanticCustomError: when it is none of these.
+    """
+    if _is_text(value):
+        return [value]
+    if _are_ids(value):
+        return [value]
+    if not isinstance(value, list):
+        raise invalid("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+    if not value:
+        raise invalid("must not be empty")
+    if len(value) > MAX_PROMPTS:
+        raise invalid(f"holds {len(value)} prompts; at most {MAX_PROMPTS} are allowed")
+    if all(_is_text(item) for item in value) or all(_are_ids(item) for item in value):
+        return value
+    if [] in value:
+        raise invalid("holds an empty list of token ids")
+    raise invalid("must hold only strings, only token ids, or only lists of token ids")
+
+
+def parse_content(value: object) -> str:
+    """Return a message's text from a string or from text parts, which become its paragraphs.
+
+    Raises:
+        PydanticCustomError: naming the part that is no text.
+    """
+    if _is_text(value):
+        return value
+    if not isinstance(value, list) or not value:
+        raise invalid("must be a string or a list of text parts")
+    return "\n".join(_parse_part(index, part) for index, part in enumerate(value))
+
+
+def _parse_part(index: int, part: object) -> str:
+    if not isinstance(part, dict):
+        raise invalid(f"part {index} must be an object")
+    if part.get("type") != "text":
+        raise invalid(f"part {index} is of type {part.get('type')!r}; only 'text' is supported")
+    if not _is_text(part.get("text")) or part.keys() != {"type", "text"}:
+        raise invalid(f"part {index} must hold a string named text, and nothing else")
+    return str(part["text"])
+
+
+def parse_stop(value: object) -> object:
+    """Return a list from one stop string, a list of them, or null; what is in it is checked by its type."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+class TextPart(BaseModel):
+    """One part of a message's content."""
+
+    type: Annotated[str, Field(pattern="^text$")]
+    text: str
+
+
+Prompt = Annotated[list[str] | list[list[int]], PlainValidator(parse_prompt, json_schema_input_type=PromptInput)]
+Content = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[TextPart])]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[
+    list[StopString],
+    BeforeValidator(parse_stop, json_schema_input_type=str | list[str] | None),
+    Field(max_length=MAX_STOP_STRINGS),
+]

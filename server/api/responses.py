@@ -1,0 +1,125 @@
+"""What the API answers when it does not stream, in OpenAI's shapes."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+Reason = Literal["stop", "length"]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and with which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    """Token counts of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(BaseModel):
+    """One continuation of a prompt."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: Reason
+
+
+class CompletionResponse(BaseModel):
+    """Answer of `POST /v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class AssistantMessage(BaseModel):
+    """The model's message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer to a conversation."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None = None
+    finish_reason: Reason
+
+
+class ChatCompletionResponse(BaseModel):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """One model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "ryzanstein"
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class RankPlace(BaseModel):
+    """Where one rank runs."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+
+
+class Readiness(BaseModel):
+    """Answer of `GET /ready`."""
+
+    state: Literal["STARTING", "READY", "FAILED"]
+    epoch: int
+    ranks: list[RankPlace]
+    error: str | None = None
+
+
+class Health(BaseModel):
+    """Answer of `GET /health`."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(BaseModel):
+    """Answer of `GET /version`."""
+
+    version: str

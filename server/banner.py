@@ -1,0 +1,39 @@
+"""What is printed once requests are taken."""
+
+import socket
+
+from engine.protocol.config import EngineConfig
+from engine.protocol.messages import GroupStatus
+from server.service import TextModel
+
+
+def banner(status: GroupStatus, engine: EngineConfig, model: TextModel, listener: socket.socket) -> str:
+    """Return a few lines: model, ranks, memory, context and address."""
+    url = listening_url(listener)
+    ranks = [f"{rank.rank}: pid {rank.pid} on {rank.host}, {rank.device}" for rank in status.ranks]
+    memory = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(size)}" for kind, size in status.memory.items())
+    lines = [
+        ("model", f"{model.name} ({engine.model})"),
+        *(("ranks" if index == 0 else "", rank) for index, rank in enumerate(ranks)),
+        ("memory", f"{memory} (all ranks)"),
+        ("KV cache", f"{status.num_kv_blocks} blocks of {engine.block_size} tokens on each rank"),
+        ("context", f"{status.max_model_len} tokens"),
+        ("API", f"{url}/v1  (docs {url}/docs, metrics {url}/metrics)"),
+    ]
+    return "\n".join(["ryzanstein is ready", *(f"  {name:<9} {text}" for name, text in lines)])
+
+
+def listening_url(listener: socket.socket) -> str:
+    """Return the address that `listener` is bound to, as a URL; any address is shown as this machine's."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def format_bytes(size: float) -> str:
+    """Return a size as people read it: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

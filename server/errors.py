@@ -1,0 +1,106 @@
+"""Every error of the API has OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+INVALID_REQUEST = "invalid_request_error"
+INTERNAL = "internal_error"
+UNAVAILABLE = "service_unavailable"
+
+
+class APIError(Exception):
+    """Ends a request with an HTTP status and a message for the person who sent it."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, type: str = INVALID_REQUEST, param: str | None = None, code: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.type, self.param, self.code = message, status, type, param, code or None
+
+    def body(self) -> bytes:
+        """Return the JSON that a client sees."""
+        return msgspec.json.encode(
+            {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        )
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        """Return this error as an HTTP response."""
+        extra = {"retry-after": "1"} if self.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+        return Response(self.body(), self.status, {**extra, **(headers or {})}, "application/json")
+
+
+def not_ready(message: str) -> APIError:
+    """Return the error for a request that comes while the engine does not take any."""
+    return APIError(message, status=503, type=UNAVAILABLE, code="engine_not_ready")
+
+
+def engine_failed(message: str) -> APIError:
+    """Return the error for a request that the engine could not finish."""
+    return APIError(message, status=500, type=INTERNAL, code="engine_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make `app` answer in OpenAI's shape whatever goes wrong."""
+    app.add_exception_handler(APIError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_exception)
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error.response()
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return from_validation(error.errors()).response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"Unknown request URL: {request.method} {request.url.path}.",
+        405: f"Not allowed to {request.method} on {request.url.path}.",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    codes = {404: "unknown_url", 405: "method_not_supported"}
+    kind = INVALID_REQUEST if error.status_code < 500 else INTERNAL
+    api_error = APIError(message, status=error.status_code, type=kind, code=codes.get(error.status_code, ""))
+    return api_error.response(error.headers)
+
+
+async def _on_exception(_: Request, __: Exception) -> Response:
+    return APIError("The server failed on this request; its log says why.", status=500, type=INTERNAL).response()
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """Return the API error for what pydantic found first."""
+    first = errors[0]
+    kind, param = first["type"], field_path(first["loc"]) or first.get("ctx", {}).get("field")
+    if kind == "json_invalid":
+        return APIError(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
+    if param is None:
+        return APIError("The body must be a JSON object, sent with content-type application/json.", code="invalid_body")
+    if kind == "extra_forbidden":
+        return APIError(f"Unrecognized request argument supplied: {param}.", param=param, code="unknown_parameter")
+    if kind == "missing":
+        message = f"Missing required parameter: {param}."
+        return APIError(message, param=param, code="missing_required_parameter")
+    code = kind if kind in ("unsupported_value", "context_length_exceeded") else "invalid_value"
+    return APIError(f"{param}: {first['msg']}.", param=param, code=code)
+
+
+def field_path(location: Sequence[str | int]) -> str | None:
+    """Return `messages[0].content` for ("body", "messages", 0, "content"); None for the body itself."""
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".") or None

@@ -1,0 +1,64 @@
+"""The orchestrator's process: started before anything slow is imported, and certainly ended."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from engine.protocol.config import EngineConfig, RankSpec
+
+ORCHESTRATOR = (sys.executable, "-P", "-m", "engine.orchestrator")
+LONGEST_RUN_DIR = 70  # bytes; the sockets in it have names, and their paths end at 107
+STOP_SECONDS = 2.5  # for an orderly end, before everything is killed
+
+
+class EngineProcess:
+    """A running orchestrator and its folder of sockets.
+
+    The orchestrator ends its ranks and itself when the pipe to it closes, so that it cannot outlive this process.
+    """
+
+    def __init__(self, engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR) -> None:
+        self.run_dir = _make_run_dir()
+        self.spec = RankSpec(engine=engine, epoch=1, run_dir=str(self.run_dir))
+        spec_path = self.run_dir / "spec.json"
+        spec_path.write_bytes(msgspec.json.encode(self.spec))
+        self._process = subprocess.Popen(
+            [*command, str(spec_path)], stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
+        )
+
+    @property
+    def pid(self) -> int:
+        """The orchestrator's process id."""
+        return self._process.pid
+
+    def wait(self) -> int:
+        """Wait until the orchestrator has exited and return its exit code."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End the orchestrator and its ranks, by force if they take long, and remove the folder."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # raised when the whole group is gone, as it should be
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+
+
+def _make_run_dir() -> Path:
+    path = tempfile.mkdtemp(prefix="ryzanstein-")
+    if len(os.fsencode(path)) > LONGEST_RUN_DIR:
+        Path(path).rmdir()
+        path = tempfile.mkdtemp(prefix="ryzanstein-", dir="/tmp")
+    return Path(path)

@@ -1,0 +1,146 @@
+"""What /metrics shows. Names are vLLM's behind the prefix `ryzanstein_`.
+
+Latencies are measured where a token reaches this process; statistics of the engine arrive as deltas and are added up
+here, so that the counters outlive a rank.
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.protocol.messages import GroupState, GroupStatus, HistogramDelta, RankStats, SchedulerStats, StatsReport
+from engine.protocol.stats import TIME_BUCKETS
+
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
+INTER_TOKEN_BUCKETS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
+)  # fmt: skip
+
+
+class _CollectiveTimes(Collector):
+    """One histogram for each operation and rank, added up from deltas."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, int], list[int]] = {}
+        self._sums: dict[tuple[str, int], float] = {}
+
+    def add(self, operation: str, rank: int, delta: HistogramDelta) -> None:
+        key = operation, rank
+        counts = self._counts.setdefault(key, [0] * (len(TIME_BUCKETS) + 1))
+        self._counts[key] = [old + new for old, new in zip(counts, delta.counts, strict=True)]
+        self._sums[key] = self._sums.get(key, 0.0) + delta.sum
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "ryzanstein_collective_seconds", "Time of one collective operation.", labels=("operation", "rank")
+        )
+        bounds = [*(str(float(bound)) for bound in TIME_BUCKETS), "+Inf"]
+        for (operation, rank), counts in sorted(self._counts.items()):
+            cumulative, total = [], 0
+            for bound, count in zip(bounds, counts, strict=True):
+                total += count
+                cumulative.append((bound, float(total)))
+            family.add_metric((operation, str(rank)), cumulative, self._sums[operation, rank])
+        yield family
+
+
+class Metrics:
+    """All metrics of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._collectives = _CollectiveTimes()
+        self.registry.register(self._collectives)
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence.", INTER_TOKEN_BUCKETS
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
+        )
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From arrival at the engine to the first step.", REQUEST_BUCKETS
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.finished = Counter(
+            "ryzanstein_request_success",
+            "Sequences that ended, by reason: stop, length, abort, error.",
+            ("finished_reason",),
+            registry=self.registry,
+        )
+        self._preemptions = self._counter("num_preemptions", "Sequences whose KV blocks were taken away for others.")
+        self._steps = self._counter("engine_steps", "Steps of the engine.")
+        self._checks = self._counter("integrity_checks", "Times the idle engine found its block bookkeeping whole.")
+        self._running = self._gauge("num_requests_running", "Sequences that take part in steps.")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for KV blocks or a place.")
+        self._blocks = self._gauge("kv_cache_blocks", "KV blocks of each rank.")
+        self._free_blocks = self._gauge("kv_cache_free_blocks", "KV blocks that no sequence uses.")
+        self._used_blocks = self._gauge("kv_cache_used_blocks", "KV blocks that sequences use.")
+        self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.")
+        self._ready = self._gauge("engine_ready", "1 while the engine takes requests.")
+        self._epoch = self._gauge("engine_epoch", "Epoch of the rank group; each restart begins a new one.")
+        self._rank_memory = Gauge(
+            "ryzanstein_rank_memory_bytes", "Memory of one rank.", ("rank", "kind"), registry=self.registry
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"ryzanstein_{name}", text, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"ryzanstein_{name}", text, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"ryzanstein_{name}", text, registry=self.registry)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Return the exposition and its content type, in the format that the `Accept` header asks for."""
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self.registry), content_type
+
+    def set_status(self, status: GroupStatus) -> None:
+        """Take over the rank group's state."""
+        ready = status.state is GroupState.READY
+        self._ready.set(ready)
+        self._epoch.set(status.epoch)
+        if ready:
+            self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)
+        else:
+            self._running.set(0)
+            self._waiting.set(0)
+
+    def add_report(self, report: StatsReport) -> None:
+        """Add the engine's statistics."""
+        self._add_scheduler(report.scheduler)
+        for rank in report.ranks:
+            self._add_rank(rank)
+
+    def _add_scheduler(self, stats: SchedulerStats) -> None:
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._set_blocks(stats.num_kv_blocks, stats.num_free_kv_blocks)
+        self._preemptions.inc(stats.preemptions)
+        self._steps.inc(stats.steps)
+        self._checks.inc(stats.integrity_checks)
+
+    def _set_blocks(self, total: int, free: int) -> None:
+        self._blocks.set(total)
+        self._free_blocks.set(free)
+        self._used_blocks.set(total - free)
+        self._usage.set((total - free) / total if total else 0.0)
+
+    def _add_rank(self, stats: RankStats) -> None:
+        for kind, size in stats.memory.items():
+            self._rank_memory.labels(rank=str(stats.rank), kind=kind).set(size)
+        for operation, delta in stats.collectives.items():
+            self._collectives.add(operation, stats.rank, delta)

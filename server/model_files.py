@@ -1,0 +1,116 @@
+"""The small files beside the weights that concern text: tokenizer, chat template, generation defaults."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request gets that does not say, from `generation_config.json`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The contents of `config.json`, `generation_config.json` and `tokenizer_config.json`; the last two may be missing.
+
+    Raises:
+        ValueError: naming the file that cannot be used.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, model: str) -> "ModelFiles":
+        """Read the files of directory `model`."""
+        directory = Path(model)
+        if not (directory / "tokenizer.json").is_file():
+            raise ValueError(f"model: {directory} has no tokenizer.json")
+        return cls(
+            directory,
+            _read_json(directory / "config.json"),
+            _read_json(directory / "generation_config.json"),
+            _read_json(directory / "tokenizer_config.json"),
+        )
+
+    def special_tokens(self) -> dict[str, str]:
+        """Return the texts of `bos_token` and its like, which may be written as strings or as objects."""
+        found = {}
+        for name in SPECIAL_TOKENS:
+            token = self.tokenizer.get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                found[name] = text
+        return found
+
+    def end_of_text_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a sequence; none where only the tokenizer may know one."""
+        for content in (self.generation, self.config):
+            ids = content.get("eos_token_id")
+            if isinstance(ids, int):
+                return (ids,)
+            if isinstance(ids, list) and ids:
+                return tuple(dict.fromkeys(ids))
+        return ()
+
+    def sampling_defaults(self) -> SamplingDefaults:
+        """Return the generation config's sampling values."""
+        return SamplingDefaults(
+            temperature=self._number("temperature", 1.0, 0.0, math.inf),
+            top_p=self._number("top_p", 1.0, 0.0, 1.0),
+            top_k=max(0, int(self._number("top_k", 0, -1, math.inf))),
+            min_p=self._number("min_p", 0.0, 0.0, 1.0),
+        )
+
+    def _number(self, name: str, default: float, low: float, high: float) -> float:
+        value = self.generation.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{self.directory / 'generation_config.json'}: {name} cannot be {value!r}")
+        return value
+
+    def chat_template(self, override: str | None) -> str | None:
+        """Return the template's source: from file `override`, the model's `chat_template.jinja`, or its config."""
+        if override is not None:
+            return _read_text(Path(override), "--chat-template")
+        own = self.directory / "chat_template.jinja"
+        if own.is_file():
+            return _read_text(own, "model")
+        template = self.tokenizer.get("chat_template")
+        if isinstance(template, list):
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {path} cannot be read: {error}") from error

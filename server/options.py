@@ -1,0 +1,230 @@
+"""Options from four places, the first that speaks wins: command line, environment, YAML file, default.
+
+The command line is generated from the config dataclasses. Values arrive here as text (or as what YAML makes of it), are
+turned into the field's type, and every error is one line that names the option and the place it came from.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+
+ENVIRONMENT_PREFIX = "RYZANSTEIN_"
+SIZE_UNITS = {"": 1, "b": 1} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
+}
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a config dataclass, as people write it."""
+
+    field: "Field[Any]"
+    type: type
+    optional: bool
+
+    @property
+    def name(self) -> str:
+        """The field's name, which is also the key in a YAML file."""
+        return self.field.name
+
+    @property
+    def flag(self) -> str:
+        """The long spelling on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+    def parse(self, value: object) -> object:
+        """Return `value` in the field's type.
+
+        Raises:
+            ValueError: saying what was expected.
+        """
+        if value is None and self.optional:
+            return None
+        if self.field.metadata["unit"] == "bytes":
+            return parse_size(value)
+        return _PARSERS[self.type](value)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What somebody wrote for an option, and where."""
+
+    raw: object
+    source: str
+
+
+def options_of(config: type) -> list[Option]:
+    """Return the options that the fields of a config dataclass declare."""
+    hints = get_type_hints(config)
+    return [_option(item, hints[item.name]) for item in fields(config)]
+
+
+def _option(item: "Field[Any]", hint: Any) -> Option:
+    if isinstance(hint, UnionType):
+        inner = next(argument for argument in get_args(hint) if argument is not type(None))
+        return Option(item, inner, optional=True)
+    return Option(item, hint, optional=False)
+
+
+def parse_size(value: object) -> int:
+    """Return a number of bytes from 4GiB, 512MB, 1e9 or a plain number; K, M, G, T alone are powers of 1024."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    unit = SIZE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"must be a size such as 4GiB, 512MB or 1e9, not {value!r}")
+    return int(float(match[1]) * unit)
+
+
+def _parse_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, not {value!r}")
+    return value
+
+
+def _parse_whole_number(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
+        return int(value)
+    raise ValueError(f"must be a whole number, not {value!r}")
+
+
+def _parse_switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise ValueError(f"must be true or false, not {value!r}")
+    return word in TRUE_WORDS
+
+
+_PARSERS: Mapping[type, Callable[[object], object]] = {
+    str: _parse_text,
+    int: _parse_whole_number,
+    bool: _parse_switch,
+}
+
+
+def add_options(parser: argparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
+    """Add a group of flags to `parser`; what nobody wrote does not appear in its result."""
+    group = parser.add_argument_group(title)
+    for option in options:
+        spellings = [option.field.metadata["short"]] if option.field.metadata["short"] else []
+        group.add_argument(*spellings, option.flag, dest=option.name, help=_help(option), **_argument(option))
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    if option.type is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+    words = "|".join(option.field.metadata["choices"])
+    kind = "SIZE" if option.field.metadata["unit"] == "bytes" else "N" if option.type is int else "TEXT"
+    return {"metavar": words or kind, "default": argparse.SUPPRESS}
+
+
+def _help(option: Option) -> str:
+    default = "" if option.field.default is None else f"default {option.field.default}; "
+    return f"{option.field.metadata['help']} ({default}{option.variable})".replace("%", "%%")
+
+
+def from_command_line(namespace: argparse.Namespace, options: Iterable[Option]) -> dict[str, Value]:
+    """Return what was written on the command line."""
+    written = vars(namespace)
+    return {option.name: Value(written[option.name], "command line") for option in options if option.name in written}
+
+
+def from_environment(environment: Mapping[str, str], options: Iterable[Option]) -> dict[str, Value]:
+    """Return what `RYZANSTEIN_*` variables say."""
+    return {
+        option.name: Value(environment[option.variable], f"environment {option.variable}")
+        for option in options
+        if option.variable in environment
+    }
+
+
+def unknown_variables(environment: Mapping[str, str], options: Iterable[Option]) -> list[str]:
+    """Return the `RYZANSTEIN_*` variables that no option reads."""
+    known = {option.variable for option in options} | {ENVIRONMENT_PREFIX + "CONFIG"}
+    return sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+
+
+def from_file(path: str, options: Iterable[Option]) -> dict[str, Value]:
+    """Return what a YAML file says. Keys are the options' names with dashes or underscores.
+
+    Raises:
+        ValueError: naming the file, and the key in it, that cannot be used.
+    """
+    known = {option.name for option in options}
+    found: dict[str, Value] = {}
+    for key, raw in _read_mapping(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ValueError(f"{path}: {key} is not an option")
+        if name in found:
+            raise ValueError(f"{path}: {key} is written twice")
+        if raw is not None:
+            found[name] = Value(raw, f"file {path}")
+    return found
+
+
+def _read_mapping(path: str) -> dict[object, object]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path}: not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: must be a list of `option: value` lines")
+    return content
+
+
+def build(config: Callable[..., C], options: Iterable[Option], *sources: Mapping[str, Value]) -> C:
+    """Return a config from the first of `sources` that has each option, else its default.
+
+    Raises:
+        ValueError: one line naming the option and where its value came from.
+    """
+    values: dict[str, Value] = {}
+    parsed: dict[str, object] = {}
+    for option in options:
+        value = next((source[option.name] for source in sources if option.name in source), None)
+        if value is None:
+            continue
+        values[option.name] = value
+        try:
+            parsed[option.name] = option.parse(value.raw)
+        except ValueError as error:
+            raise ValueError(f"{option.flag} {error} ({value.source})") from error
+    try:
+        return config(**parsed)
+    except ValueError as error:
+        raise ValueError(f"{error}{_origin(str(error), values)}") from error
+
+
+def _origin(message: str, values: Mapping[str, Value]) -> str:
+    """Return the places that the options named in `message` came from, in brackets."""
+    named = [flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z][a-z-]*", message)]
+    sources = dict.fromkeys(values[name].source for name in named if name in values)
+    return f" ({', '.join(sources)})" if sources else ""

@@ -1,0 +1,61 @@
+"""`POST /v1/chat/completions`."""
+
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.chunks import ChatChunks
+from server.api.requests import ChatCompletionRequest
+from server.api.responses import AssistantMessage, ChatChoice, ChatCompletionResponse, Usage
+from server.chat_template import ChatTemplateError
+from server.errors import APIError
+from server.routes.documentation import GENERATION_RESPONSES
+from server.service import Service, ServiceOf
+from server.streaming import EventStream, collect, events_of, usage_of
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions", response_model=ChatCompletionResponse, responses=GENERATION_RESPONSES, tags=["generation"]
+)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request, service: ServiceOf) -> Any:
+    """Answer a conversation."""
+    service.engine.require_ready()
+    service.check_model(body.model)
+    prompts = await service.encode([_prompt(body, service)], add_special_tokens=False)
+    response_id = f"chatcmpl-{uuid.uuid4().hex}"
+    generation = service.generation(body, response_id, prompts, "messages", None)
+    if body.stream:
+        chunks = ChatChunks(response_id, service.model.name, body.include_usage)
+        return EventStream(events_of(generation, chunks, body.include_usage))
+    created = int(time.time())
+    choices = await collect(request, generation)
+    answer = ChatCompletionResponse(
+        id=response_id,
+        created=created,
+        model=service.model.name,
+        choices=[
+            ChatChoice(index=c.index, message=AssistantMessage(content=c.text), finish_reason=c.finish_reason)
+            for c in choices
+        ],
+        usage=Usage(**usage_of(generation)),
+    )
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _prompt(body: ChatCompletionRequest, service: Service) -> str:
+    template = service.model.chat_template
+    if template is None:
+        raise APIError(
+            "The model has no chat template: use /v1/completions, or serve it with --chat-template.",
+            param="messages",
+            code="no_chat_template",
+        )
+    try:
+        return template.render([message.for_template() for message in body.messages])
+    except ChatTemplateError as error:
+        raise APIError(f"messages: {error}", param="messages", code="invalid_value") from error

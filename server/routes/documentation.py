@@ -1,0 +1,20 @@
+"""What /openapi.json says of the answers that FastAPI cannot see."""
+
+from typing import Any
+
+from server.api.responses import ErrorResponse
+
+_Responses = dict[int | str, dict[str, Any]]
+
+NOT_FOUND: _Responses = {404: {"model": ErrorResponse, "description": "No such model."}}
+GENERATION_RESPONSES: _Responses = {
+    200: {
+        "description": "The whole answer or, with `stream`, server-sent events that each hold a chunk of it; "
+        "the last is `data: [DONE]`.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    400: {"model": ErrorResponse, "description": "The request cannot be served; `param` names the field."},
+    **NOT_FOUND,
+    500: {"model": ErrorResponse, "description": "The engine could not finish the request."},
+    503: {"model": ErrorResponse, "description": "The engine is not ready."},
+}

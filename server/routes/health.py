@@ -1,0 +1,42 @@
+"""`GET /health`, `/ready`, `/version` and `/metrics`: for those who run the service."""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from engine.protocol.messages import GroupState
+from server.api.responses import Health, RankPlace, Readiness, Version
+from server.service import ServiceOf
+
+router = APIRouter(tags=["operation"])
+VERSION = version("ryzanstein")
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Requests are not taken."}}
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Say that the process is alive."""
+    return Health()
+
+
+@router.get("/ready", responses=NOT_READY)
+async def ready(service: ServiceOf, response: Response) -> Readiness:
+    """Say whether requests are taken, and which ranks serve them."""
+    status = service.engine.status
+    response.status_code = 200 if status.state is GroupState.READY else 503
+    ranks = [RankPlace(rank=rank.rank, pid=rank.pid, host=rank.host, device=rank.device) for rank in status.ranks]
+    return Readiness(state=status.state.value, epoch=status.epoch, ranks=ranks, error=status.error or None)
+
+
+@router.get("/version")
+async def get_version() -> Version:
+    """Return the version of this program."""
+    return Version(version=VERSION)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request, service: ServiceOf) -> Response:
+    """Return the metrics for Prometheus."""
+    body, content_type = service.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type})

@@ -1,0 +1,97 @@
+"""The server process from a started orchestrator to the exit code: one flat sequence."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Generator
+
+import uvicorn
+import uvloop
+import zmq.asyncio
+
+from engine.protocol.messages import GroupStatus
+from server.app import create_app
+from server.banner import banner
+from server.config import ServerConfig
+from server.engine_client import EngineClient
+from server.launch import EngineProcess
+from server.metrics import Metrics
+from server.service import Service, TextModel
+from server.supervisor import Supervisor
+
+EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+GRACE_SECONDS = 2  # for error events to reach slow clients
+KEEP_ALIVE_SECONDS = 30
+STOPPING = "The server is shutting down."
+
+
+class _HTTPServer(uvicorn.Server):
+    """Leaves signals to us: an end has more parts than the HTTP server's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def run(listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig) -> int:
+    """Serve until a signal comes or the engine fails, and return the exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(listener, process, model, config))
+
+
+async def _serve(listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig) -> int:
+    stopping = asyncio.create_task(_stop_signal())
+    context = zmq.asyncio.Context()
+    metrics = Metrics()
+    client = EngineClient(context, metrics)
+    ready = asyncio.Event()
+
+    def announce(status: GroupStatus) -> None:
+        ready.set()
+        sys.stderr.write(banner(status, process.spec.engine, model, listener) + "\n")
+
+    http = _http_server(Service(model, client, metrics), config)
+    serving = asyncio.create_task(http.serve([listener]))
+    supervising = asyncio.create_task(Supervisor(context, process, client, announce).run())
+    try:
+        await asyncio.wait((serving, supervising, stopping), return_when=asyncio.FIRST_COMPLETED)
+        failure = supervising.result() if supervising.done() else None
+        await client.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
+    finally:
+        supervising.cancel()
+        http.should_exit = True
+        await asyncio.gather(serving, supervising, asyncio.to_thread(process.stop), return_exceptions=True)
+        context.destroy(linger=0)
+    if failure is not None:
+        sys.stderr.write(f"ryzanstein: error: {failure.error}\n")
+        return EXIT_USER_ERROR if failure.is_user_error and not ready.is_set() else EXIT_FAILED
+    if not stopping.done():
+        serving.result()  # the HTTP server ended by itself: raise what ended it
+        return EXIT_FAILED
+    return EXIT_STOPPED
+
+
+async def _stop_signal() -> None:
+    """Wait for SIGTERM or SIGINT. Later ones change nothing: the end is under way."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, arrived.set)
+    await arrived.wait()
+
+
+def _http_server(service: Service, config: ServerConfig) -> uvicorn.Server:
+    return _HTTPServer(
+        uvicorn.Config(
+            create_app(service, access_log=config.access_log),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )

@@ -1,0 +1,161 @@
+"""The served model: everything a route needs, put together once."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from engine.protocol.config import EngineConfig
+from engine.protocol.model_config import ModelConfig
+from server.api.requests import GenerationRequest
+from server.chat_template import ChatTemplate
+from server.config import ServerConfig
+from server.engine_client import EngineClient
+from server.errors import APIError
+from server.generation import Generation, GenerationPlan
+from server.metrics import Metrics
+from server.model_files import ModelFiles, SamplingDefaults
+from server.sampling import sampling_params
+from server.tokenizer import Tokenizer
+
+MAX_SEQUENCES = 1024  # of one API request
+LONG_TEXT = 20_000  # characters that take some 10 ms to tokenize: too long to let every stream wait
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The text side of a model directory."""
+
+    name: str
+    vocab_size: int
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    sampling_defaults: SamplingDefaults
+    stop_token_ids: tuple[int, ...]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def load(cls, engine: EngineConfig, server: ServerConfig, model: ModelConfig) -> "TextModel":
+        """Read the model directory.
+
+        Raises:
+            ValueError: naming the file that cannot be used.
+        """
+        files = ModelFiles.read(engine.model)
+        tokenizer = Tokenizer(Path(engine.model))
+        special_tokens = files.special_tokens()
+        source = files.chat_template(server.chat_template)
+        return cls(
+            name=server.model_name(engine.model),
+            vocab_size=model.vocab_size,
+            tokenizer=tokenizer,
+            chat_template=None if source is None else ChatTemplate(source, special_tokens),
+            sampling_defaults=files.sampling_defaults(),
+            stop_token_ids=files.end_of_text_ids() or _end_of_text_id(tokenizer, special_tokens.get("eos_token")),
+        )
+
+
+def _end_of_text_id(tokenizer: Tokenizer, token: str | None) -> tuple[int, ...]:
+    token_id = None if token is None else tokenizer.id_of(token)
+    return () if token_id is None else (token_id,)
+
+
+@dataclass(frozen=True)
+class Service:
+    """The model, and the engine that runs it."""
+
+    model: TextModel
+    engine: EngineClient
+    metrics: Metrics
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt and completion together, in tokens; known once the engine is ready."""
+        return self.engine.status.max_model_len
+
+    def check_model(self, name: str | None) -> None:
+        """Raise an `APIError` (404) unless `name` is this model's or was left out."""
+        if name is not None and name != self.model.name:
+            message = f"The model {name!r} does not exist; {self.model.name!r} is served here."
+            raise APIError(message, status=404, param="model", code="model_not_found")
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return each text's token ids."""
+
+        def encode_all() -> list[list[int]]:
+            return [self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) > LONG_TEXT:
+            return await asyncio.to_thread(encode_all)
+        return encode_all()
+
+    def generation(
+        self,
+        body: GenerationRequest,
+        response_id: str,
+        prompts: list[list[int]],
+        prompt_field: str,
+        max_tokens: int | None,
+    ) -> Generation:
+        """Return the generation that `body` asks for, not yet submitted.
+
+        Args:
+            body: the API request.
+            response_id: its id.
+            prompts: its prompts' token ids.
+            prompt_field: the field that they came from.
+            max_tokens: how many tokens to generate where the request does not say; None: as many as fit.
+
+        Raises:
+            APIError: naming the field, when the request cannot be served.
+        """
+        num_choices = body.n or 1
+        if len(prompts) * num_choices > MAX_SEQUENCES:
+            message = (
+                f"n times the number of prompts is {len(prompts) * num_choices}; at most {MAX_SEQUENCES} are allowed."
+            )
+            raise APIError(message, param="n", code="invalid_value")
+        self._check_ids(prompts, prompt_field)
+        limit = self._token_limit(body, max(map(len, prompts)), prompt_field, max_tokens)
+        sampling = sampling_params(body, self.model.sampling_defaults, self.model.stop_token_ids, limit)
+        plan = GenerationPlan(response_id, prompts, sampling, num_choices, body.stop)
+        return Generation(self.engine, self.model.tokenizer.token_bytes, plan)
+
+    def _check_ids(self, prompts: Sequence[Sequence[int]], param: str) -> None:
+        for prompt in prompts:
+            if not prompt:
+                raise APIError(f"{param}: has no tokens.", param=param, code="invalid_value")
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            if not 0 <= wrong < self.model.vocab_size:
+                message = f"{param}: token id {wrong} is outside the vocabulary of {self.model.vocab_size}."
+                raise APIError(message, param=param, code="invalid_value")
+
+    def _token_limit(self, body: GenerationRequest, prompt_len: int, prompt_field: str, default: int | None) -> int:
+        """Return how many tokens may be generated for the longest prompt."""
+        room = self.max_model_len - prompt_len
+        if room < 1:
+            raise _too_long(f"the prompt has {prompt_len} tokens, which leaves no room in it", self, prompt_field)
+        name, limit = body.token_limit
+        if limit is None:
+            return room if default is None else min(default, room)
+        if limit > room:
+            raise _too_long(f"the prompt has {prompt_len} tokens and {name} is {limit}", self, name)
+        return limit
+
+
+def _too_long(problem: str, service: Service, param: str) -> APIError:
+    message = f"This model's maximum context length is {service.max_model_len} tokens; {problem}."
+    return APIError(message, param=param, code="context_length_exceeded")
+
+
+def _service(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+ServiceOf = Annotated[Service, Depends(_service)]

@@ -1,0 +1,276 @@
+"""A scripted engine behind a real server: real sockets, the real protocol, and tokenizers made on the spot."""
+
+import asyncio
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import uvicorn
+import zmq.asyncio
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from engine.protocol.channel import AsyncChannel
+from engine.protocol.config import EngineConfig
+from engine.protocol.messages import (
+    FinishReason,
+    GroupState,
+    GroupStatus,
+    RankInfo,
+    Request,
+    RequestBatch,
+    StatsReport,
+    TokenBatch,
+    TokenOutput,
+)
+from engine.protocol.model_config import ModelConfig
+from server.app import create_app
+from server.config import ServerConfig
+from server.engine_client import EngineClient
+from server.listener import listen
+from server.metrics import Metrics
+from server.service import Service, TextModel
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CORPUS = ["the quick brown fox jumps over the lazy dog " * 3, "def main():\n    return 'hello world'\n", "0123456789"]
+MAX_MODEL_LEN = 256
+VOCAB_SIZE = 600  # more than the tokenizer has, as in padded checkpoints
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """As Llama 3 and Qwen have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    frame = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[frame])
+    return tokenizer
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2 and Mistral have it: spaces are ▁, one is put before the text, unknown characters are bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", *"abcdefghijklmnopqrstuvwxyz.,!é", "▁t", "he", "▁the", "▁▁", "in", "ing"]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "▁"), ("i", "n"), ("in", "g")]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def write_model(directory: Path, tokenizer: Tokenizer | None = None, **generation: object) -> Path:
+    """Write everything of a model but its weights."""
+    tokenizer = tokenizer or byte_level_tokenizer()
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "eos_token_id": tokenizer.token_to_id(EOS),
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    texts = {"bos_token": {"content": BOS}, "eos_token": EOS, "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(texts))
+    return directory
+
+
+@dataclass
+class _Sequence:
+    request: Request
+    token_ids: list[int]  # what follows the prompt, over and over
+    emitted: int = 0
+
+    def next(self, fails_after: int | None) -> TokenOutput:
+        request_id, sampling = self.request.request_id, self.request.sampling
+        if fails_after is not None and self.emitted >= fails_after:
+            return TokenOutput(request_id, [], FinishReason.ERROR, "scripted failure")
+        token = self.token_ids[self.emitted % len(self.token_ids)]
+        queue_seconds = 0.001 if self.emitted == 0 else None
+        self.emitted += 1
+        reason = None
+        if token in sampling.stop_token_ids:
+            reason = FinishReason.STOP
+        elif self.emitted == sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        return TokenOutput(request_id, [token], reason, queue_seconds=queue_seconds)
+
+
+class ScriptedEngine:
+    """Rank 0 as far as the server can see. Continues each prompt by what `script` says, a token a step."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.script: Callable[[Request], str] = lambda request: f"choice {request.sampling.choice_index}"
+        self.step_seconds = 0.0
+        self.fails_after: int | None = None  # tokens
+        self.batches: list[RequestBatch] = []
+        self._tokenizer = tokenizer
+        eos = tokenizer.token_to_id(EOS)
+        assert eos is not None
+        self._eos = eos
+        self._running: dict[str, _Sequence] = {}
+
+    @property
+    def requests(self) -> list[Request]:
+        return [request for batch in self.batches for request in batch.new]
+
+    @property
+    def aborted(self) -> list[str]:
+        return [request_id for batch in self.batches for request_id in batch.aborted]
+
+    async def run(self, channel: AsyncChannel) -> None:
+        """Serve until cancelled."""
+        stepping = asyncio.create_task(self._step(channel))
+        try:
+            while True:
+                batch = await channel.receive()
+                assert isinstance(batch, RequestBatch)
+                self._take(batch)
+        finally:
+            stepping.cancel()
+
+    def _take(self, batch: RequestBatch) -> None:
+        self.batches.append(batch)
+        for request in batch.new:
+            ids = self._tokenizer.encode(self.script(request), add_special_tokens=False).ids
+            self._running[request.request_id] = _Sequence(request, [*ids, self._eos])
+        for request_id in batch.aborted:
+            self._running.pop(request_id, None)
+
+    async def _step(self, channel: AsyncChannel) -> None:
+        for step in range(10**9):
+            await asyncio.sleep(self.step_seconds or 0.001)
+            outputs = [sequence.next(self.fails_after) for sequence in self._running.values()]
+            for output in outputs:
+                if output.finish_reason is not None:
+                    del self._running[output.request_id]
+            if outputs:
+                await channel.send(TokenBatch(epoch=1, step=step, outputs=outputs))
+
+
+class RunningServer:
+    """The server in a thread, with its scripted engine."""
+
+    def __init__(self, model: Path, *, ready: bool = True) -> None:
+        self.engine = ScriptedEngine(Tokenizer.from_file(str(model / "tokenizer.json")))
+        self._model = model
+        self._ready = ready
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._started.wait(30)
+
+    def stop(self) -> None:
+        self.call(self._stop)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Run `action` in the server's loop."""
+        self._loop.call_soon_threadsafe(action)
+
+    def fail(self, reason: str) -> None:
+        """End everything in flight as the loss of the engine does."""
+        asyncio.run_coroutine_threadsafe(self.client.close(reason), self._loop).result(10)
+
+    def send(self, report: StatsReport) -> None:
+        """Have the engine send statistics."""
+        asyncio.run_coroutine_threadsafe(self._channel.send(report), self._loop).result(10)
+
+    def _stop(self) -> None:
+        self._http.should_exit = True
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        context = zmq.asyncio.Context()
+        metrics = Metrics()
+        self.client = EngineClient(context, metrics)
+        engine_config, server_config = EngineConfig(model=str(self._model)), ServerConfig(served_model_name="scripted")
+        text_model = TextModel.load(engine_config, server_config, ModelConfig.from_directory(self._model))
+        app = create_app(Service(text_model, self.client, metrics))
+        self._http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
+        with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
+            self._channel = AsyncChannel(context, 1, RequestBatch)
+            endpoint = self._channel.bind(f"ipc://{folder}/engine")
+            running = asyncio.create_task(self.engine.run(self._channel))
+            if self._ready:
+                self.client.connect(ready_status(endpoint))
+            self._loop.call_soon(self._started.set)
+            await self._http.serve([self._listener])
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await self.client.close("stopped")
+            self._channel.close()
+            context.destroy(linger=0)
+
+
+def ready_status(endpoint: str) -> GroupStatus:
+    return GroupStatus(
+        epoch=1,
+        state=GroupState.READY,
+        ranks=[RankInfo(0, 4711, "here", "cpu")],
+        engine_endpoint=endpoint,
+        max_model_len=MAX_MODEL_LEN,
+        num_kv_blocks=64,
+    )
+
+
+@contextmanager
+def running_server(model: Path, *, ready: bool = True) -> Iterator[RunningServer]:
+    server = RunningServer(model, ready=ready)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def openai_client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        yield client
+
+
+def post(server: RunningServer, path: str, body: object) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, timeout=30)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
+    """Return whether `condition` came to hold in time."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False

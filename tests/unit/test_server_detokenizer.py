@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Reference
+from tokenizers import decoders
+
+from server.detokenizer import Detokenizer
+from server.token_bytes import TokenBytes
+from server.tokenizer import Tokenizer
+from tests.unit.server_support import BOS, EOS, byte_fallback_tokenizer, byte_level_tokenizer
+
+BYTE_LEVEL = byte_level_tokenizer()
+BYTE_FALLBACK = byte_fallback_tokenizer()
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+WORDS = st.text("the ing é!\n漢🙂", max_size=40)
+
+
+def load(reference: Reference, folder: Path) -> Tokenizer:
+    reference.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load(BYTE_LEVEL, tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load(BYTE_FALLBACK, tmp_path_factory.mktemp("byte_fallback"))
+
+
+def in_steps(token_bytes: TokenBytes, prompt: list[int], token_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(token_bytes, prompt)
+    return [*(detokenizer.feed([token_id]) for token_id in token_ids), detokenizer.finish()]
+
+
+@given(TEXT | WORDS)
+def test_byte_level_text_in_steps_equals_the_library_on_all_tokens(byte_level: Tokenizer, text: str) -> None:
+    ids = BYTE_LEVEL.encode(text).ids
+    assert "".join(in_steps(byte_level.token_bytes, [], ids)) == BYTE_LEVEL.decode(ids) == text
+
+
+@given(TEXT | WORDS)
+def test_byte_fallback_text_in_steps_equals_the_library_on_all_tokens(byte_fallback: Tokenizer, text: str) -> None:
+    ids = BYTE_FALLBACK.encode(text).ids
+    assert "".join(in_steps(byte_fallback.token_bytes, [], ids)) == BYTE_FALLBACK.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 399), max_size=30))
+def test_any_byte_level_tokens_in_steps_equal_the_library_on_all_of_them(byte_level: Tokenizer, ids: list[int]) -> None:
+    assert "".join(in_steps(byte_level.token_bytes, [], ids)) == BYTE_LEVEL.decode(ids)
+
+
+@given(WORDS, WORDS)
+def test_a_completion_continues_its_prompts_text(byte_fallback: Tokenizer, prompt: str, more: str) -> None:
+    ids = BYTE_FALLBACK.encode(prompt + more).ids
+    for border in range(1, len(ids) + 1):
+        before, after = (
+            BYTE_FALLBACK.decode(ids[:border]),
+            "".join(in_steps(byte_fallback.token_bytes, ids[:border], ids[border:])),
+        )
+        if "\ufffd" not in before:  # a character cut in two belongs to the completion
+            assert before + after == prompt + more
+
+
+@given(TEXT)
+def test_no_step_shows_a_part_of_a_character(byte_level: Tokenizer, text: str) -> None:
+    for piece in in_steps(byte_level.token_bytes, [], BYTE_LEVEL.encode(text).ids):
+        assert "\ufffd" not in piece or "\ufffd" in text
+
+
+def test_a_prompt_that_ends_inside_a_character_is_completed(byte_level: Tokenizer) -> None:
+    ids = BYTE_LEVEL.encode("🙂", add_special_tokens=False).ids
+    assert len(ids) == 4
+    assert in_steps(byte_level.token_bytes, ids[:2], ids[2:]) == ["", "🙂", ""]
+
+
+def test_bytes_that_never_become_a_character_are_shown_at_the_end(byte_level: Tokenizer) -> None:
+    ids = BYTE_LEVEL.encode("é", add_special_tokens=False).ids
+    assert in_steps(byte_level.token_bytes, [], ids[:1]) == ["", "\ufffd"]
+
+
+def test_special_tokens_and_unknown_ids_have_no_text(byte_level: Tokenizer) -> None:
+    ids = [byte_level.id_of(BOS), byte_level.id_of(EOS), 10_000]
+    assert [byte_level.token_bytes[token_id] for token_id in ids if token_id is not None] == [b"", b"", b""]
+
+
+def test_added_tokens_that_are_not_special_have_text(tmp_path: Path) -> None:
+    reference = byte_level_tokenizer()
+    reference.add_tokens(["<tool> x"])
+    ids = reference.encode("a<tool> x b", add_special_tokens=False).ids
+    tokens = load(reference, tmp_path).token_bytes
+    assert "".join(in_steps(tokens, [], ids)) == reference.decode(ids) == "a<tool> x b"
+
+
+def test_metaspace_is_read(tmp_path: Path) -> None:
+    reference = byte_fallback_tokenizer()
+    reference.decoder = decoders.Metaspace()
+    ids = reference.encode("the thing", add_special_tokens=False).ids
+    assert "".join(in_steps(load(reference, tmp_path).token_bytes, [], ids)) == reference.decode(ids) == "the thing"
+
+
+@pytest.mark.parametrize("decoder", [decoders.WordPiece(), decoders.CTC(), decoders.Strip("_", 1, 0), None])
+def test_a_decoder_of_another_kind_is_refused_by_name(tmp_path: Path, decoder: decoders.Decoder | None) -> None:
+    reference = byte_level_tokenizer()
+    reference.decoder = decoder
+    with pytest.raises(ValueError, match="decoder"):
+        load(reference, tmp_path)
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_prompts_are_neither_cut_nor_filled_up(tmp_path: Path) -> None:
+    reference = byte_level_tokenizer()
+    expected = reference.encode("hello world " * 5).ids
+    reference.enable_truncation(4)
+    reference.enable_padding(length=100)
+    assert load(reference, tmp_path).encode("hello world " * 5, add_special_tokens=True) == expected
