@@ -60,12 +60,11 @@ class Handshake:
         hellos = (self._hellos[rank] for rank in sorted(self._hellos))
         return [RankInfo(hello.rank, hello.pid, hello.host, hello.device) for hello in hellos]
 
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes by kind, summed over the ranks."""
+    def memory(self, num_kv_blocks: int) -> dict[str, int]:
+        """Return bytes by kind, summed over the ranks, with a cache of `num_kv_blocks` on each."""
         total: dict[str, int] = {}
         for ready in self._readies.values():
-            for kind, size in ready.memory.items():
+            for kind, size in {**ready.memory, "kv_cache": num_kv_blocks * ready.kv_block_bytes}.items():
                 total[kind] = total.get(kind, 0) + size
         return total
 

@@ -114,7 +114,7 @@ class MultiGPUOrchestrator:
                 engine_endpoint=self._spec.engine_endpoint,
                 max_model_len=start.max_model_len,
                 num_kv_blocks=start.num_kv_blocks,
-                memory=handshake.memory,
+                memory=handshake.memory(start.num_kv_blocks),
             )
         )
 

@@ -45,7 +45,7 @@ class Channel:
         self.socket.connect(endpoint)
 
     def send(self, message: Message) -> None:
-        """Queue `message` for the other side; never blocks."""
+        """Queue `message` for the other side. The end that bound waits here until the other has first connected."""
         self.socket.send(encode(message))
 
     def receive(self, timeout: float | None = None) -> Message | None:

@@ -174,6 +174,7 @@ class Ready(Message, frozen=True):
     rank: int
     fingerprint: str
     num_kv_blocks: int  # as many as this rank can hold
+    kv_block_bytes: int  # what each of them takes on this rank
     memory: dict[str, int]  # bytes by kind, as in RankStats
 
 

@@ -105,12 +105,13 @@ def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> 
 def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: Channel) -> Start:
     """Say READY and wait until the orchestrator has found all ranks alike."""
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
+    kv_block_bytes = kv_tensors.block_bytes(
+        shard.config, block_size=spec.engine.block_size, num_kv_heads=shard.num_kv_heads, dtype=shard.dtype
+    )
     num_kv_blocks = kv_tensors.num_blocks_that_fit(
         spec.engine,
         shard.config,
-        bytes_per_block=kv_tensors.block_bytes(
-            shard.config, block_size=spec.engine.block_size, num_kv_heads=shard.num_kv_heads, dtype=shard.dtype
-        ),
+        bytes_per_block=kv_block_bytes,
         free_memory=kv_tensors.free_memory_share(shard.device, ranks_on_host),
     )
     control.send(
@@ -119,6 +120,7 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
             rank=group.rank,
             fingerprint=fingerprint(shard.model, Path(spec.engine.model), shard.config),
             num_kv_blocks=num_kv_blocks,
+            kv_block_bytes=kv_block_bytes,
             memory={"weights": shard.weight_bytes, **process_memory(shard.device)},
         )
     )

@@ -20,7 +20,7 @@ class RankStatistics:
         self._fixed_memory = memory  # weights and KV cache, which do not change
         self._epoch = epoch
         self._last = 0.0
-        self._has_news = False
+        self._has_news = True  # where the memory went, from the start
 
     def note_work(self) -> None:
         """Say that something happened that is worth a report."""

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ from engine.protocol.config import EngineConfig
 from engine.protocol.messages import GroupState, Request, SamplingParams
 from tests.checkpoints import random_llama
 from tests.engine_process import EngineFailedError, EngineProcess
+from tests.leftovers import Leftovers
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +30,9 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> float:
-    """Return the seconds until `condition` held; fail when it did not in time."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "it did not happen in time"
-        time.sleep(0.02)
-    return time.monotonic() - started
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_and_takes_its_group_along(checkpoint: Path, victim: int) -> None:
-    shared_memory = set(os.listdir("/dev/shm"))
-    with EngineProcess(config(checkpoint)) as engine:
+    with Leftovers() as leftovers, EngineProcess(config(checkpoint)) as engine:
         processes = descendants(engine.process.pid)
         engine.submit([Request("a", [1, 2, 3], SamplingParams(max_tokens=900))])
         engine.receive()
@@ -53,8 +43,7 @@ def test_a_killed_rank_is_named_and_takes_its_group_along(checkpoint: Path, vict
         assert time.monotonic() - started < 10
         assert not failure.value.status.is_user_error
         assert engine.process.wait(10) == 1
-        wait_until(lambda: not any(process.is_running() for process in processes), 5)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+        leftovers.check(processes)
 
 
 def test_ranks_die_with_a_killed_orchestrator(checkpoint: Path) -> None:
@@ -63,7 +52,7 @@ def test_ranks_die_with_a_killed_orchestrator(checkpoint: Path) -> None:
         assert len(processes) == 2
         engine.process.kill()
         engine.process.wait()
-        wait_until(lambda: not any(process.is_running() for process in processes), 5)
+        assert psutil.wait_procs(processes, timeout=5)[1] == []
 
 
 def test_closing_the_orchestrators_input_ends_the_group_and_removes_its_folder(checkpoint: Path) -> None:

@@ -37,7 +37,14 @@ def hello(engine: EngineConfig, rank: int) -> Hello:
 
 
 def ready(rank: int, num_kv_blocks: int, fingerprint: str = "same") -> Ready:
-    return Ready(epoch=1, rank=rank, fingerprint=fingerprint, num_kv_blocks=num_kv_blocks, memory={"weights": 5})
+    return Ready(
+        epoch=1,
+        rank=rank,
+        fingerprint=fingerprint,
+        num_kv_blocks=num_kv_blocks,
+        kv_block_bytes=3,
+        memory={"weights": 5},
+    )
 
 
 def complete(engine: EngineConfig, blocks: tuple[int, int]) -> Handshake:
@@ -53,7 +60,7 @@ def test_the_group_is_complete_when_all_ranks_are_ready() -> None:
     group = complete(engine_config(), (8, 8))
     assert group.is_complete
     assert [rank.pid for rank in group.ranks] == [100, 101]
-    assert group.memory == {"weights": 10}
+    assert group.memory(8) == {"weights": 10, "kv_cache": 48}
 
 
 def test_the_smallest_rank_decides_the_number_of_blocks_and_so_the_context() -> None:

@@ -1,0 +1,219 @@
+"""How the service ends: by a death, a mistake, or when asked. Nothing is left of it, and nobody is left waiting."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from engine.protocol.config import EMBEDDED_MODEL
+from tests.leftovers import Leftovers
+from tests.service_process import ServiceProcess
+
+LONG = {"prompt": "def f(", "max_tokens": 900, "ignore_eos": True, "stream": True}
+
+
+SERVE = [sys.executable, "-P", "-m", "server", "serve"]
+
+
+@pytest.fixture
+def leftovers() -> Iterator[Leftovers]:
+    with Leftovers() as leftovers:
+        yield leftovers
+
+
+def run_serve(leftovers: Leftovers, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Start a service that must not start, and check that it left nothing."""
+    result = subprocess.run(
+        [*SERVE, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **leftovers.environment},
+    )
+    leftovers.check([])
+    return result
+
+
+def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if "ryzanstein: error:" in line]
+
+
+class OpenStream(threading.Thread):
+    """A client in the middle of a streamed answer."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self.has_begun = threading.Event()
+        self.events: list[str] = []
+        self.ended_at = 0.0
+
+    def run(self) -> None:
+        with httpx.stream("POST", f"{self._url}/v1/completions", json=LONG, timeout=60) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+                    self.has_begun.set()
+        self.ended_at = time.monotonic()
+
+
+class OpenRequest(threading.Thread):
+    """A client that waits for a whole answer."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self.response: httpx.Response | None = None
+
+    def run(self) -> None:
+        self.response = httpx.post(f"{self._url}/v1/completions", json={**LONG, "stream": False}, timeout=60)
+
+
+def open_clients(service: ServiceProcess) -> tuple[list[OpenStream], OpenRequest]:
+    streams, waiting = [OpenStream(service.url) for _ in range(8)], OpenRequest(service.url)
+    waiting.start()
+    for stream in streams:
+        stream.start()
+    for stream in streams:
+        assert stream.has_begun.wait(60)
+    return streams, waiting
+
+
+def check_clients_got_an_error(streams: list[OpenStream], waiting: OpenRequest, message: str) -> None:
+    for stream in streams:
+        stream.join(20)
+        assert message in json.loads(stream.events[-1])["error"]["message"]
+    waiting.join(20)
+    assert waiting.response is not None
+    assert waiting.response.status_code == 500
+    assert message in waiting.response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_every_open_request_and_the_service(victim: int, leftovers: Leftovers) -> None:
+    with ServiceProcess("--tensor-parallel-size", "2", environment=leftovers.environment) as service:
+        processes = service.descendants()
+        streams, waiting = open_clients(service)
+        started = time.monotonic()
+        os.kill(service.rank_pids()[victim], signal.SIGKILL)
+        check_clients_got_an_error(streams, waiting, f"rank {victim}")
+        assert max(stream.ended_at for stream in streams) - started < 10
+        assert service.process.wait(10) == 1
+        leftovers.check(processes)
+    assert "was killed by SIGKILL" in service.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_within_five_seconds(number: signal.Signals, leftovers: Leftovers) -> None:
+    with ServiceProcess("--tensor-parallel-size", "2", environment=leftovers.environment) as service:
+        processes = service.descendants()
+        streams, waiting = open_clients(service)
+        started = time.monotonic()
+        service.process.send_signal(number)
+        assert service.process.wait(20) == 0
+        assert time.monotonic() - started < 5
+        check_clients_got_an_error(streams, waiting, "shutting down")
+        leftovers.check(processes)
+
+
+def test_a_signal_while_loading_ends_everything(leftovers: Leftovers) -> None:
+    process = subprocess.Popen(
+        [*SERVE, "-tp", "2", "--port", "0"],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **leftovers.environment},
+    )
+    deadline = time.monotonic() + 60
+    while len(processes := psutil.Process(process.pid).children(recursive=True)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) == 0
+    leftovers.check(processes)
+
+
+def test_a_killed_server_takes_its_ranks_and_its_folder_along(leftovers: Leftovers) -> None:
+    with ServiceProcess("--tensor-parallel-size", "2", environment=leftovers.environment) as service:
+        processes = service.descendants()
+        service.process.kill()
+        service.process.wait()
+        leftovers.check(processes)
+
+
+def test_a_killed_orchestrator_ends_the_service_with_an_error(leftovers: Leftovers) -> None:
+    with ServiceProcess("--tensor-parallel-size", "2", environment=leftovers.environment) as service:
+        processes = service.descendants()
+        streams, waiting = open_clients(service)
+        psutil.Process(service.process.pid).children()[0].kill()
+        check_clients_got_an_error(streams, waiting, "orchestrator")
+        assert service.process.wait(10) == 1
+        leftovers.check(processes)
+
+
+def copy_of_the_embedded_model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("/nowhere",), "/nowhere is not a directory"),
+        (("-tp", "3"), "--tensor-parallel-size 3 does not divide the model's 8 attention heads"),
+        (("--max-model-len", "2000"), "--max-model-len 2000 is more than the model's max_position_embeddings, 1024"),
+        (("--num-kv-blocks", "4", "--max-model-len", "100"), "--max-model-len 100 does not fit"),
+        (("--dtype", "float8"), "--dtype"),
+        (("--nonsense",), "--nonsense"),
+        (("--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, leftovers: Leftovers
+) -> None:
+    result = run_serve(leftovers, "--port", "0", *arguments)
+    assert result.returncode == 2
+    assert len(error_lines(result)) == 1
+    assert message in error_lines(result)[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_without_weights_ends_in_one_line_and_exit_code_2(tmp_path: Path, leftovers: Leftovers) -> None:
+    directory = copy_of_the_embedded_model(tmp_path)
+    (directory / "model.safetensors").unlink()
+    result = run_serve(leftovers, str(directory), "--port", "0")
+    assert result.returncode == 2
+    assert len(error_lines(result)) == 1
+    assert "model.safetensors" in error_lines(result)[0]
+
+
+def test_a_truncated_weights_file_is_named_once_whatever_the_number_of_ranks(
+    tmp_path: Path, leftovers: Leftovers
+) -> None:
+    directory = copy_of_the_embedded_model(tmp_path)
+    os.truncate(directory / "model.safetensors", 100_000)
+    result = run_serve(leftovers, str(directory), "--port", "0", "-tp", "4")
+    assert result.returncode == 2
+    assert len(error_lines(result)) == 1
+    assert "model.safetensors" in error_lines(result)[0]
+
+
+def test_a_port_in_use_ends_in_one_line_and_exit_code_2(leftovers: Leftovers) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        result = run_serve(leftovers, "--port", str(port))
+    assert result.returncode == 2
+    assert error_lines(result) == [
+        f"ryzanstein: error: --port {port}: cannot listen on 127.0.0.1:{port}: Address already in use"
+    ]
