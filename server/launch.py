@@ -27,6 +27,7 @@ class EngineProcess:
 
     def __init__(self, engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR) -> None:
         self.run_dir = _make_run_dir()
+        self._is_stopped = False
         self.spec = RankSpec(engine=engine, epoch=1, run_dir=str(self.run_dir))
         spec_path = self.run_dir / "spec.json"
         spec_path.write_bytes(msgspec.json.encode(self.spec))
@@ -45,6 +46,9 @@ class EngineProcess:
 
     def stop(self) -> None:
         """End the orchestrator and its ranks, by force if they take long, and remove the folder."""
+        if self._is_stopped:  # the process id may be another's by now
+            return
+        self._is_stopped = True
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()

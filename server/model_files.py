@@ -66,6 +66,12 @@ class ModelFiles:
                 return tuple(dict.fromkeys(ids))
         return ()
 
+    def ignored_defaults(self) -> list[str]:
+        """Return the generation config's sampling values that have no effect here, as `name=value`."""
+        neutral = {"repetition_penalty": 1.0, "typical_p": 1.0, "min_new_tokens": 0, "bad_words_ids": []}
+        values = {name: self.generation.get(name) for name in neutral}
+        return [f"{name}={value}" for name, value in values.items() if value is not None and value != neutral[name]]
+
     def sampling_defaults(self) -> SamplingDefaults:
         """Return the generation config's sampling values."""
         return SamplingDefaults(

@@ -1,6 +1,7 @@
 """The served model: everything a route needs, put together once."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
 from server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_SEQUENCES = 1024  # of one API request
 LONG_TEXT = 20_000  # characters that take some 10 ms to tokenize: too long to let every stream wait
@@ -46,6 +49,8 @@ class TextModel:
             ValueError: naming the file that cannot be used.
         """
         files = ModelFiles.read(engine.model)
+        if files.ignored_defaults():
+            logger.warning("generation_config.json: without effect: %s", ", ".join(files.ignored_defaults()))
         tokenizer = Tokenizer(Path(engine.model))
         special_tokens = files.special_tokens()
         source = files.chat_template(server.chat_template)
