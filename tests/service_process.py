@@ -6,14 +6,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import psutil
 
 START_SECONDS = 120.0  # generous: only a hang should exceed it
+REQUEST_SECONDS = 120.0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until `condition` holds.
+
+    Raises:
+        TimeoutError: when it did not in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it did not happen within {seconds} s")
+        time.sleep(0.02)
 
 
 class ServiceProcess:
@@ -60,9 +74,12 @@ class ServiceProcess:
             assert self.process.stderr is not None
             self.process.stderr.close()
 
-    def client(self) -> httpx.Client:
-        """Return an HTTP client with the service's address as its base."""
-        return httpx.Client(base_url=self.url, timeout=60)
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """Ask /v1/completions and return the answer's first choice."""
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=REQUEST_SECONDS)
+        answer.raise_for_status()
+        choice: dict[str, Any] = answer.json()["choices"][0]
+        return choice
 
     def descendants(self) -> list[psutil.Process]:
         """Return the orchestrator and the ranks."""
@@ -74,25 +91,18 @@ class ServiceProcess:
         return [rank["pid"] for rank in ranks]
 
     def metric(self, name: str, labels: str = "") -> float:
-        """Return the sum of a metric's samples whose label text contains `labels`."""
+        """Return the sum of a metric's samples whose label text contains `labels`; 0 when there is none."""
         values = [
             float(line.rsplit(" ", 1)[1])
             for line in httpx.get(f"{self.url}/metrics").text.splitlines()
             if re.match(rf"{name}({{| )", line) and labels in line
         ]
-        if not values:
-            raise KeyError(f"{name} {labels}")
         return sum(values)
 
-    def wait_for_integrity_check(self, seconds: float = 30.0) -> None:
-        """Wait until the engine has gone idle with all KV blocks free, and found its bookkeeping whole."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            is_checked = self.metric("ryzanstein_integrity_checks_total") > 0
-            if is_checked and self.metric("ryzanstein_kv_cache_used_blocks") == 0:
-                return
-            time.sleep(0.2)
-        raise TimeoutError("the engine did not go idle, or a KV block leaked")
+    def wait_until_idle(self, checks_before: float = 0.0, seconds: float = 30.0) -> None:
+        """Wait until the engine has gone idle with all KV blocks free, and found its bookkeeping whole once more."""
+        wait_until(lambda: self.metric("ryzanstein_integrity_checks_total") > checks_before, seconds)
+        wait_until(lambda: self.metric("ryzanstein_kv_cache_used_blocks") == 0, seconds)
 
     def _read_stderr(self) -> None:
         assert self.process.stderr is not None

@@ -18,7 +18,7 @@ import pytest
 
 from engine.protocol.config import EMBEDDED_MODEL
 from tests.leftovers import Leftovers
-from tests.service_process import ServiceProcess
+from tests.service_process import ServiceProcess, wait_until
 
 LONG = {"prompt": "def f(", "max_tokens": 900, "ignore_eos": True, "stream": True}
 
@@ -165,6 +165,23 @@ def copy_of_the_embedded_model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy"))
 
 
+def test_a_stream_that_nobody_reads_does_not_delay_the_end(leftovers: Leftovers) -> None:
+    body = json.dumps({**LONG, "n": 64})
+    request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    with ServiceProcess(environment=leftovers.environment) as service, socket.socket() as connection:
+        processes = service.descendants()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", int(service.url.rsplit(":", 1)[1])))
+        connection.sendall(f"{request}content-type: application/json\r\n\r\n{body}".encode())
+        assert connection.recv(64)
+        wait_until(lambda: service.metric("ryzanstein_generation_tokens_total") > 64 * 50, 120)
+        started = time.monotonic()
+        service.process.terminate()
+        assert service.process.wait(20) == 0
+        assert time.monotonic() - started < 5
+        leftovers.check(processes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +202,22 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(
     assert len(error_lines(result)) == 1
     assert message in error_lines(result)[0]
     assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_lacks_files_ends_in_a_line_that_names_the_first(tmp_path: Path, leftovers: Leftovers) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        result = run_serve(leftovers, str(tmp_path), "--port", "0")
+        assert result.returncode == 2
+        assert f"has no {name}" in error_lines(result)[0]
+        shutil.copy(EMBEDDED_MODEL / name, tmp_path)
+
+
+def test_a_broken_chat_template_ends_in_one_line_and_exit_code_2(tmp_path: Path, leftovers: Leftovers) -> None:
+    template = tmp_path / "template"
+    template.write_text("{% for %}")
+    result = run_serve(leftovers, "--chat-template", str(template), "--port", "0")
+    assert result.returncode == 2
+    assert "chat template" in error_lines(result)[0]
 
 
 def test_a_folder_without_weights_ends_in_one_line_and_exit_code_2(tmp_path: Path, leftovers: Leftovers) -> None:
