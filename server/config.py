@@ -20,6 +20,9 @@ class ServerConfig:
     port: int = option(8000, "TCP port to listen on; 0 picks a free one")
     served_model_name: str | None = option(None, "the model's name in the API; the directory's name when left out")
     chat_template: str | None = option(None, "file with a Jinja chat template to use instead of the model's own")
+    seed: int | None = option(
+        None, "makes requests without a seed repeatable: theirs are drawn from this one, in order of arrival"
+    )
     access_log: bool = option(True, "write one line for each request, without its body")
     log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
 

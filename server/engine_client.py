@@ -1,6 +1,7 @@
 """The requests in flight: what goes to rank 0, and what comes back, sorted to those who wait for it."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 import zmq.asyncio
 
 from engine.protocol.channel import EngineChannel
-from engine.protocol.codec import ProtocolError
 from engine.protocol.messages import (
     FinishReason,
     GroupState,
@@ -22,6 +22,8 @@ from engine.protocol.messages import (
 )
 from server.errors import not_ready
 from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 class Inbox:
@@ -124,6 +126,8 @@ class EngineClient:
         self.set_status(status)
         self._channel = channel = EngineChannel(self._context, status.epoch, status.engine_endpoint)
         self._tasks = [asyncio.create_task(self._send(channel)), asyncio.create_task(self._receive(channel))]
+        for task in self._tasks:
+            task.add_done_callback(self._note_end)
 
     def set_status(self, status: GroupStatus) -> None:
         """Take over what the orchestrator says of the group."""
@@ -158,11 +162,16 @@ class EngineClient:
             await channel.submit(batch)
 
     async def _receive(self, channel: EngineChannel) -> None:
-        try:
-            while True:
-                self._handle(await channel.receive())
-        except ProtocolError as error:
-            self._broken.set_result(f"rank 0 does not make sense: {error}")
+        while True:
+            self._handle(await channel.receive())
+
+    def _note_end(self, task: "asyncio.Task[None]") -> None:
+        """Whatever ends one of the link's tasks, nobody may be left waiting for it."""
+        error = None if task.cancelled() else task.exception()
+        if error is None or self._broken.done():
+            return
+        logger.error("the link to rank 0 broke", exc_info=error)
+        self._broken.set_result(f"the link to rank 0 broke: {error}")
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, TokenBatch):

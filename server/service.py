@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random, SystemRandom
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -39,6 +40,7 @@ class TextModel:
     chat_template: ChatTemplate | None
     sampling_defaults: SamplingDefaults
     stop_token_ids: tuple[int, ...]
+    seeds: Random  # for requests that have none
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -61,6 +63,7 @@ class TextModel:
             chat_template=None if source is None else ChatTemplate(source, special_tokens),
             sampling_defaults=files.sampling_defaults(),
             stop_token_ids=files.end_of_text_ids() or _end_of_text_id(tokenizer, special_tokens.get("eos_token")),
+            seeds=SystemRandom() if server.seed is None else Random(server.seed),
         )
 
 
@@ -126,7 +129,8 @@ class Service:
             raise APIError(message, param="n", code="invalid_value")
         self._check_ids(prompts, prompt_field)
         limit = self._token_limit(body, max(map(len, prompts)), prompt_field, max_tokens)
-        sampling = sampling_params(body, self.model.sampling_defaults, self.model.stop_token_ids, limit)
+        model = self.model
+        sampling = sampling_params(body, model.sampling_defaults, model.stop_token_ids, limit, model.seeds)
         plan = GenerationPlan(response_id, prompts, sampling, num_choices, body.stop)
         return Generation(self.engine, self.model.tokenizer.token_bytes, plan)
 

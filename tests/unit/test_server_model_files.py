@@ -77,3 +77,9 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
             load(tmp_path)
+
+
+def test_the_seed_option_makes_the_seeds_that_are_drawn_repeatable(tmp_path: Path) -> None:
+    model = write_model(tmp_path)
+    first, again, free = load(model, seed=5), load(model, seed=5), load(model)
+    assert first.seeds.getrandbits(64) == again.seeds.getrandbits(64) != free.seeds.getrandbits(64)
