@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from server.access_log import AccessLog
 from server.errors import install_error_handlers
-from server.routes import chat, completions, health, models
+from server.routes import chat, completions, docs, health, models
 from server.service import Service
 
 DESCRIPTION = "OpenAI-compatible API. Every field works, or is refused with an error that names it."
@@ -33,10 +33,11 @@ class API(FastAPI):
 
 def create_app(service: Service, *, access_log: bool = True) -> FastAPI:
     """Return the application that serves `service`."""
-    app = API(title="ryzanstein", version=health.VERSION, description=DESCRIPTION, redoc_url=None)
+    app = API(title="ryzanstein", version=health.VERSION, description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (completions, chat, models, health):
+    for module in (completions, chat, models, health, docs):
         app.include_router(module.router)
+    app.mount(docs.ASSETS_PATH, docs.ASSETS)
     install_error_handlers(app)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     if access_log:

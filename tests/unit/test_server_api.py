@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -528,7 +529,11 @@ def test_readiness_shows_the_ranks(idle_server: RunningServer) -> None:
 
 def test_version_docs_and_schema_are_served(idle_server: RunningServer) -> None:
     assert "version" in httpx.get(f"{idle_server.url}/version").json()
-    assert httpx.get(f"{idle_server.url}/docs").status_code == 200
+    page = httpx.get(f"{idle_server.url}/docs").text
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(assets) == 3
+    for asset in assets:  # all from here: a browser may have no way to anywhere else
+        assert httpx.get(idle_server.url + asset).status_code == 200
     schema = httpx.get(f"{idle_server.url}/openapi.json").json()
     operation = schema["paths"][CHAT]["post"]
     assert {"200", "400", "404", "500", "503"} == set(operation["responses"])
