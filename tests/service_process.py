@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import psutil
 
+ROOT = Path(__file__).parents[1]
 START_SECONDS = 120.0  # generous: only a hang should exceed it
 REQUEST_SECONDS = 120.0
 
@@ -33,8 +35,11 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 class ServiceProcess:
     """`with ServiceProcess("MODEL", "--option", "value") as service:` is READY inside the block and gone after it."""
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        self._arguments = arguments
+    def __init__(
+        self, *arguments: str, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Prepare `ryzanstein serve` with these arguments and a free port, or another whole `command`."""
+        self._command = command or [sys.executable, "-P", "-m", "server", "serve", *arguments, "--port", "0"]
         self._environment = {**os.environ, **(environment or {})}
         self._lines: list[str] = []
         self._url_seen = threading.Event()
@@ -47,10 +52,7 @@ class ServiceProcess:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "server", "serve", *self._arguments, "--port", "0"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self._environment,
+            self._command, stderr=subprocess.PIPE, text=True, env=self._environment, cwd=ROOT
         )
         self._reader = threading.Thread(target=self._read_stderr)
         self._reader.start()

@@ -1,10 +1,12 @@
 """Token for token what transformers computes, at every way to split the model, with chunking and preemption."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.messages import Request, SamplingParams
@@ -33,10 +35,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tupl
     return make
 
 
-def prompts(seed: int, vocab_size: int) -> list[list[int]]:
-    draw = random.Random(seed)
+def prompts(vocab_size: int) -> list[list[int]]:
+    draw = random.Random(vocab_size)
     lengths = [1, 200, *(draw.randint(1, 200) for _ in range(NUM_PROMPTS - 2))]
     return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+
+
+def publish(directory: Path) -> None:
+    """Rewrite a checkpoint as published models have it: the older spelling of config.json, and several weight files."""
+    model = LlamaForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="40KB")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
@@ -45,6 +61,20 @@ def test_greedy_tokens_are_those_of_transformers(
     seed: int, tp_size: int, checkpoint: Callable[[int], tuple[Path, Reference]], device: str
 ) -> None:
     directory, reference = checkpoint(seed)
+    check_greedy_tokens(f"seed {seed}", directory, reference, tp_size, device)
+
+
+@pytest.mark.parametrize("seed", [0, 1])  # llama3 and default rotary positions
+def test_greedy_tokens_are_those_of_transformers_for_a_checkpoint_as_published(
+    seed: int, tmp_path: Path, device: str
+) -> None:
+    directory = random_llama(tmp_path, seed)
+    publish(directory)
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    check_greedy_tokens(f"published, seed {seed}", directory, Reference(directory), 2, device)
+
+
+def check_greedy_tokens(name: str, directory: Path, reference: Reference, tp_size: int, device: str) -> None:
     config = ModelConfig.from_directory(directory)
     try:
         config.check_tensor_parallel_size(tp_size)
@@ -63,7 +93,7 @@ def test_greedy_tokens_are_those_of_transformers(
     )
     requests = [
         Request(str(i), prompt, SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0))
-        for i, prompt in enumerate(prompts(seed, config.vocab_size))
+        for i, prompt in enumerate(prompts(config.vocab_size))
     ]
     with EngineProcess(engine_config) as engine:
         outputs = engine.generate(requests)
@@ -73,7 +103,7 @@ def test_greedy_tokens_are_those_of_transformers(
         assert len(outputs[request.request_id]) == NUM_NEW_TOKENS
         reference.check_greedy(request.prompt_token_ids, outputs[request.request_id], comparison)
     print(
-        f"seed {seed} tp {tp_size}: {comparison.tokens} tokens, {comparison.near_ties} near-ties, "
+        f"{name}, tp {tp_size}: {comparison.tokens} tokens, {comparison.near_ties} near-ties, "
         f"{engine.preemptions} preemptions, {config.num_attention_heads}/{config.num_key_value_heads} heads, "
         f"vocabulary {config.vocab_size}"
     )
