@@ -1,7 +1,7 @@
-"""HELLO, READY, START: a group begins only when all its ranks have said the same."""
+"""HELLO, READY, START, STARTED: a group begins only when all its ranks have said the same."""
 
 from engine.protocol.config import EngineConfig, config_hash
-from engine.protocol.messages import PROTOCOL_VERSION, Hello, RankInfo, Ready, Start
+from engine.protocol.messages import PROTOCOL_VERSION, Hello, RankInfo, Ready, Start, Started
 from engine.protocol.model_config import ModelConfig
 
 
@@ -18,6 +18,7 @@ class Handshake:
         self._epoch = epoch
         self._hellos: dict[int, Hello] = {}
         self._readies: dict[int, Ready] = {}
+        self._started: set[int] = set()
 
     def hear_hello(self, hello: Hello) -> None:
         """Take a rank's first word.
@@ -44,15 +45,24 @@ class Handshake:
                 )
         self._readies[ready.rank] = ready
 
+    def hear_started(self, started: Started) -> None:
+        """Take a rank's word that it takes steps."""
+        self._started.add(started.rank)
+
     @property
     def all_said_hello(self) -> bool:
         """Whether every rank is known."""
         return len(self._hellos) == self._engine.tensor_parallel_size
 
     @property
-    def is_complete(self) -> bool:
+    def all_loaded(self) -> bool:
         """Whether every rank has loaded."""
         return self.all_said_hello and len(self._readies) == self._engine.tensor_parallel_size
+
+    @property
+    def all_started(self) -> bool:
+        """Whether every rank takes steps."""
+        return len(self._started) == self._engine.tensor_parallel_size
 
     @property
     def ranks(self) -> list[RankInfo]:

@@ -14,7 +14,7 @@ from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.orchestrator.launcher import RankProcesses, describe_exit
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec
-from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Ready
+from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Ready, Started
 from engine.protocol.model_config import ModelConfig
 
 # When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
@@ -33,7 +33,9 @@ class MultiGPUOrchestrator:
         self._world_size = spec.engine.tensor_parallel_size
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = Channel(self._context, None)
-        self._controls = [Channel(self._context, spec.epoch, Hello, Ready, Failed) for _ in range(self._world_size)]
+        self._controls = [
+            Channel(self._context, spec.epoch, Hello, Ready, Started, Failed) for _ in range(self._world_size)
+        ]
         self._poller = zmq.Poller()
 
     def run(self) -> int:
@@ -82,7 +84,7 @@ class MultiGPUOrchestrator:
         return False
 
     def _hear(self, handshake: Handshake) -> list[Failed]:
-        """Take what the ranks said and return the failures. Starts the group when the last of them is ready."""
+        """Take what the ranks said and return the failures. Starts the group when the last has loaded."""
         failures = []
         for control in self._controls:
             while (message := control.receive(0)) is not None:
@@ -91,7 +93,10 @@ class MultiGPUOrchestrator:
                     self._report_when_all_known(handshake)
                 elif isinstance(message, Ready):
                     handshake.hear_ready(message)
-                    self._start_when_complete(handshake)
+                    self._start_when_loaded(handshake)
+                elif isinstance(message, Started):
+                    handshake.hear_started(message)
+                    self._report_when_started(handshake)
                 elif isinstance(message, Failed):
                     failures.append(message)
         return failures
@@ -100,12 +105,16 @@ class MultiGPUOrchestrator:
         if handshake.all_said_hello:
             self._report(GroupState.STARTING, handshake)
 
-    def _start_when_complete(self, handshake: Handshake) -> None:
-        if not handshake.is_complete:
+    def _start_when_loaded(self, handshake: Handshake) -> None:
+        if handshake.all_loaded:
+            start = handshake.start()
+            for control in self._controls:
+                control.send(start)
+
+    def _report_when_started(self, handshake: Handshake) -> None:
+        if not handshake.all_started:
             return
         start = handshake.start()
-        for control in self._controls:
-            control.send(start)
         self._status.send(
             GroupStatus(
                 epoch=self._spec.epoch,

@@ -23,6 +23,11 @@ def option(default: Any, help: str, *, short: str = "", choices: tuple[str, ...]
     return field(default=default, metadata={"help": help, "short": short, "choices": choices, "unit": unit})
 
 
+def _largest(unit: str) -> int:
+    """Return the largest value of a whole number: products of two of them must stay within 64 bits."""
+    return 2**48 if unit == "bytes" else 2**31 - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that all ranks must agree on.
@@ -58,8 +63,9 @@ class EngineConfig:
             choices = item.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{item.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"--{item.name.replace('_', '-')} must be at least 1, not {value}")
+            limit = _largest(item.metadata["unit"])
+            if isinstance(value, int) and not 1 <= value <= limit:
+                raise ValueError(f"--{item.name.replace('_', '-')} must be between 1 and {limit}, not {value}")
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("--num-kv-blocks and --kv-cache-memory both size the KV cache: give one of them")
 

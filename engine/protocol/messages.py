@@ -2,7 +2,7 @@
 
     server ── RequestBatch ─► rank 0 ── ScheduledStep ─► ranks 1 … N-1
     server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankStats ── ranks 1 … N-1
-    ranks ── Hello, Ready, Failed ─► orchestrator ── Start ─► ranks
+    ranks ── Hello, Ready, Started, Failed ─► orchestrator ── Start ─► ranks
     orchestrator ── GroupStatus ─► server
 
 Every message carries the epoch of the rank group it belongs to; a receiver drops messages of another epoch.
@@ -191,6 +191,12 @@ class Start(Message, frozen=True):
 
     num_kv_blocks: int
     max_model_len: int
+
+
+class Started(Message, frozen=True):
+    """A rank has allocated its KV blocks and takes steps."""
+
+    rank: int
 
 
 class GroupState(StrEnum):

@@ -1,4 +1,4 @@
-"""The life of a rank: HELLO, load, READY, then steps until the end."""
+"""The life of a rank: HELLO, load, READY, allocate, STARTED, then steps until the end."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
-from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start
+from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
 from engine.protocol.model_config import ModelConfig
 from engine.scheduler.scheduler import Scheduler
 from engine.worker import kv_tensors
@@ -82,7 +82,9 @@ def _serve(spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]",
         group = groups.tensor_parallel
         shard = _load(spec, group, device)
         start = _agree(spec, group, shard, control)
-        _run_steps(spec, group, shard, start, context)
+        loop = _make_loop(spec, group, shard, start, context)
+        control.send(Started(epoch=spec.epoch, rank=rank))
+        loop.run()
 
 
 def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> _Shard:
@@ -129,13 +131,14 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
     return start
 
 
-def _run_steps(
+def _make_loop(
     spec: RankSpec,
     group: CommunicationHandler,
     shard: _Shard,
     start: Start,
     context: "zmq.Context[zmq.Socket[bytes]]",
-) -> None:
+) -> Leader | Follower:
+    """Allocate the KV cache and return what runs this rank's steps."""
     kv_caches = kv_tensors.allocate(
         shard.config,
         num_blocks=start.num_kv_blocks,
@@ -156,14 +159,13 @@ def _run_steps(
     memory = {"weights": shard.weight_bytes, "kv_cache": kv_bytes}
     statistics = RankStatistics(group, memory, epoch=spec.epoch)
     if group.rank == 0:
-        _lead(spec, group, shard, start, context, runner, statistics)
-    else:
-        steps = Channel(context, spec.epoch, ScheduledStep)
-        steps.connect(spec.step_endpoint(group.rank))
-        Follower(runner, steps, statistics).run()
+        return _make_leader(spec, group, shard, start, context, runner, statistics)
+    steps = Channel(context, spec.epoch, ScheduledStep)
+    steps.connect(spec.step_endpoint(group.rank))
+    return Follower(runner, steps, statistics)
 
 
-def _lead(
+def _make_leader(
     spec: RankSpec,
     group: CommunicationHandler,
     shard: _Shard,
@@ -171,7 +173,7 @@ def _lead(
     context: "zmq.Context[zmq.Socket[bytes]]",
     runner: ModelRunner,
     statistics: RankStatistics,
-) -> None:
+) -> Leader:
     server = Channel(context, spec.epoch, RequestBatch)
     server.bind(spec.engine_endpoint)
     followers = [Channel(context, spec.epoch, RankStats) for _ in range(1, group.world_size)]
@@ -185,7 +187,9 @@ def _lead(
         max_num_seqs=spec.engine.max_num_seqs,
         max_num_batched_tokens=spec.engine.max_num_batched_tokens,
     )
-    Leader(scheduler, runner, server, followers, statistics, epoch=spec.epoch, vocab_size=shard.config.vocab_size).run()
+    return Leader(
+        scheduler, runner, server, followers, statistics, epoch=spec.epoch, vocab_size=shard.config.vocab_size
+    )
 
 
 def _linger(context: "zmq.Context[zmq.Socket[bytes]]", control: Channel) -> None:

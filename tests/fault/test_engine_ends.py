@@ -95,6 +95,16 @@ def test_a_context_that_the_cache_cannot_hold_is_the_users_to_mend(checkpoint: P
     assert failure.value.status.is_user_error
 
 
+def test_a_cache_that_memory_cannot_hold_is_the_users_to_mend(checkpoint: Path) -> None:
+    wrong = EngineConfig(model=str(checkpoint), tensor_parallel_size=2, device="cpu", num_kv_blocks=2**31 - 1)
+    with (
+        pytest.raises(EngineFailedError, match="cannot allocate 2147483647 KV blocks") as failure,
+        EngineProcess(wrong),
+    ):
+        pass
+    assert failure.value.status.is_user_error
+
+
 def test_a_request_that_can_never_run_is_answered_with_its_error(checkpoint: Path) -> None:
     sampling = SamplingParams(max_tokens=4)
     with EngineProcess(config(checkpoint, tp_size=1)) as engine:

@@ -2,7 +2,7 @@ import pytest
 
 from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig, config_hash
-from engine.protocol.messages import Hello, Ready, Start
+from engine.protocol.messages import Hello, Ready, Start, Started
 from engine.protocol.model_config import ModelConfig, RopeConfig
 
 MODEL = ModelConfig(
@@ -51,16 +51,24 @@ def complete(engine: EngineConfig, blocks: tuple[int, int]) -> Handshake:
     group = handshake(engine)
     for rank in (1, 0):
         group.hear_hello(hello(engine, rank))
-        assert not group.is_complete
+        assert not group.all_loaded
         group.hear_ready(ready(rank, blocks[rank]))
     return group
 
 
 def test_the_group_is_complete_when_all_ranks_are_ready() -> None:
     group = complete(engine_config(), (8, 8))
-    assert group.is_complete
+    assert group.all_loaded
     assert [rank.pid for rank in group.ranks] == [100, 101]
     assert group.memory(8) == {"weights": 10, "kv_cache": 48}
+
+
+def test_the_group_takes_steps_when_all_ranks_have_allocated() -> None:
+    group = complete(engine_config(), (8, 8))
+    group.hear_started(Started(epoch=1, rank=1))
+    assert not group.all_started
+    group.hear_started(Started(epoch=1, rank=0))
+    assert group.all_started
 
 
 def test_the_smallest_rank_decides_the_number_of_blocks_and_so_the_context() -> None:
