@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,7 +40,8 @@ class EngineFailedError(RuntimeError):
 class EngineProcess:
     """`with EngineProcess(config) as engine:` is READY inside the block and gone after it."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, command: Sequence[str] = ("-P", "-m", "engine.orchestrator")) -> None:
+        self._command = command
         self._folder = tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp")
         self.spec = RankSpec(engine=config, epoch=7, run_dir=self._folder.name)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -54,7 +55,8 @@ class EngineProcess:
         spec_path = Path(self.spec.run_dir) / "spec.json"
         spec_path.write_bytes(msgspec.json.encode(self.spec))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.orchestrator", str(spec_path)],
+            [sys.executable, *self._command, str(spec_path)],
+            cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )

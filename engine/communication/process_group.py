@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from engine.communication.handler import CommunicationHandler
+from engine.protocol.environment import STORE_FD_VARIABLE
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -49,6 +50,21 @@ def _integer(environ: Mapping[str, str], name: str, default: str | None) -> int:
     return int(text)
 
 
+def _handed_store(environment: RankEnvironment, timeout: timedelta) -> Any:
+    """Return the store behind the socket that the orchestrator bound, or None under another launcher."""
+    descriptor = os.environ.get(STORE_FD_VARIABLE)
+    if descriptor is None:
+        return None
+    return dist.TCPStore(  # type: ignore[attr-defined]  # exported, but not by name
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        environment.world_size,
+        is_master=environment.rank == 0,
+        timeout=timeout,
+        master_listen_fd=int(descriptor) if environment.rank == 0 else None,
+    )
+
+
 class ProcessGroupManager:
     """Joins this process to its group, and leaves it: NCCL on `cuda`, gloo on `cpu`, nothing at all for one rank.
 
@@ -71,12 +87,15 @@ class ProcessGroupManager:
         self.local_rank = environment.local_rank
         process_group = None
         if self.world_size > 1:
+            timeout = timedelta(seconds=timeout_seconds)
+            store = _handed_store(environment, timeout)
             dist.init_process_group(
                 BACKENDS[device.type],
-                init_method="env://",
+                init_method="env://" if store is None else None,
+                store=store,
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=timedelta(seconds=timeout_seconds),
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
             process_group = dist.group.WORLD

@@ -1,7 +1,7 @@
 """HELLO, READY, START, STARTED: a group begins only when all its ranks have said the same."""
 
 from engine.protocol.config import EngineConfig, config_hash
-from engine.protocol.messages import PROTOCOL_VERSION, Hello, RankInfo, Ready, Start, Started
+from engine.protocol.messages import Hello, RankInfo, Ready, Start, Started
 from engine.protocol.model_config import ModelConfig
 
 
@@ -24,10 +24,8 @@ class Handshake:
         """Take a rank's first word.
 
         Raises:
-            HandshakeError: if it runs another version or another configuration.
+            HandshakeError: if it was started with another configuration.
         """
-        if hello.protocol_version != PROTOCOL_VERSION:
-            raise HandshakeError(f"rank {hello.rank} speaks protocol version {hello.protocol_version}")
         if hello.config_hash != config_hash(self._engine):
             raise HandshakeError(f"rank {hello.rank} on {hello.host} was started with another configuration")
         self._hellos[hello.rank] = hello
@@ -88,8 +86,6 @@ class Handshake:
         capacity = num_kv_blocks * self._engine.block_size
         longest = self._config.max_position_embeddings
         asked = self._engine.max_model_len
-        if asked is not None and asked > longest:
-            raise ValueError(f"--max-model-len {asked} is more than the model's max_position_embeddings, {longest}")
         if asked is not None and asked > capacity:
             raise ValueError(
                 f"--max-model-len {asked} does not fit: the KV cache holds {capacity} tokens "

@@ -5,24 +5,29 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine.worker.parent import PARENT_PID_VARIABLE
+from engine.protocol.environment import PARENT_PID_VARIABLE, STORE_FD_VARIABLE
+
+RANK_COMMAND = (sys.executable, "-P", "-m", "engine.worker")
 
 
 class RankProcesses:
     """The processes of one group. Ranks are killed, not asked: they hold nothing that must be saved."""
 
-    def __init__(self, spec_path: Path, world_size: int) -> None:
-        port = _free_port()
-        self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", "engine.worker", str(spec_path)],
-                env=_environment(rank, world_size, port),
-                stdin=subprocess.DEVNULL,
-            )
-            for rank in range(world_size)
-        ]
+    def __init__(self, spec_path: Path, world_size: int, command: Sequence[str]) -> None:
+        # The ranks' meeting point is bound here and handed to rank 0: nobody can take the port in between.
+        with socket.create_server(("127.0.0.1", 0)) as store:
+            self._processes = [
+                subprocess.Popen(
+                    [*command, str(spec_path)],
+                    env=_environment(rank, world_size, store),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(store.fileno(),) if rank == 0 else (),
+                )
+                for rank in range(world_size)
+            ]
 
     def dead(self) -> dict[int, int]:
         """Return the exit codes of the ranks that have ended, by rank; negative is a signal's number."""
@@ -44,11 +49,12 @@ class RankProcesses:
 def describe_exit(code: int) -> str:
     """Return "was killed by SIGKILL" or "exited with code 1"."""
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        known = -code in set(signal.Signals)
+        return f"was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
     return f"exited with code {code}"
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def _environment(rank: int, world_size: int, store: socket.socket) -> dict[str, str]:
     return {
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this machine; the host name need not resolve
         **os.environ,
@@ -57,13 +63,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.getsockname()[1]),
+        STORE_FD_VARIABLE: str(store.fileno()),
         PARENT_PID_VARIABLE: str(os.getpid()),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

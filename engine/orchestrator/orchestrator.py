@@ -1,20 +1,22 @@
 """Runs one rank group: launch, handshake, watch, end."""
 
+import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
 
 from engine.orchestrator.handshake import Handshake, HandshakeError
-from engine.orchestrator.launcher import RankProcesses, describe_exit
+from engine.orchestrator.launcher import RANK_COMMAND, RankProcesses, describe_exit
 from engine.protocol.channel import Channel
-from engine.protocol.config import RankSpec
-from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Ready, Started
+from engine.protocol.codec import ProtocolError
+from engine.protocol.config import RUN_DIR_FILES, RankSpec
+from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Message, Ready, Started
 from engine.protocol.model_config import ModelConfig
 
 # When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
@@ -25,11 +27,17 @@ class MultiGPUOrchestrator:
     """Launches the ranks, checks that they agree, tells the server of each change, and ends them all together.
 
     It ends when SIGTERM comes or standard input closes: the server holds the other end, so the group never outlives it.
+
+    Args:
+        spec: what to run.
+        spec_path: the file that holds it, for the ranks.
+        rank_command: starts a rank when the file's path is appended.
     """
 
-    def __init__(self, spec: RankSpec, *, spec_path: Path) -> None:
+    def __init__(self, spec: RankSpec, *, spec_path: Path, rank_command: Sequence[str] = RANK_COMMAND) -> None:
         self._spec = spec
         self._spec_path = spec_path
+        self._rank_command = rank_command
         self._world_size = spec.engine.tensor_parallel_size
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = Channel(self._context, None)
@@ -50,11 +58,13 @@ class MultiGPUOrchestrator:
         ranks: RankProcesses | None = None
         try:
             config = ModelConfig.from_directory(self._spec.engine.model)
-            ranks = RankProcesses(self._spec_path, self._world_size)
+            config.check_tensor_parallel_size(self._world_size)
+            config.check_max_model_len(self._spec.engine.max_model_len)
+            ranks = RankProcesses(self._spec_path, self._world_size, self._rank_command)
             return self._run_group(ranks, Handshake(self._spec.engine, config, self._spec.epoch), wakeup)
         except ValueError as error:
             return self._fail(str(error), True)
-        except HandshakeError as error:
+        except (HandshakeError, ProtocolError) as error:
             return self._fail(str(error), False)
         finally:
             if ranks is not None:
@@ -64,10 +74,12 @@ class MultiGPUOrchestrator:
     def _run_group(self, ranks: RankProcesses, handshake: Handshake, wakeup: socket.socket) -> int:
         self._report(GroupState.STARTING)
         while not self._is_asked_to_stop(wakeup):
-            failures = self._hear(handshake)
-            if failures or ranks.dead():
+            messages = self._take_messages()
+            if ranks.dead() or any(isinstance(message, Failed) for message in messages):
                 time.sleep(_SETTLE_SECONDS)
-                return self._fail(*_diagnose(failures + self._hear(handshake), ranks))
+                return self._fail(*_diagnose(messages + self._take_messages(), ranks))
+            for message in messages:
+                self._hear(message, handshake)
         return 0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -78,38 +90,35 @@ class MultiGPUOrchestrator:
         if wakeup.fileno() in ready and signal.SIGTERM in wakeup.recv(4096):
             return True
         if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 4096):
-            # The server that made the folder is gone, or is about to remove it itself.
-            shutil.rmtree(self._spec.run_dir, ignore_errors=True)
+            self._remove_run_dir()
             return True
         return False
 
-    def _hear(self, handshake: Handshake) -> list[Failed]:
-        """Take what the ranks said and return the failures. Starts the group when the last has loaded."""
-        failures = []
+    def _take_messages(self) -> list[Message]:
+        messages = []
         for control in self._controls:
             while (message := control.receive(0)) is not None:
-                if isinstance(message, Hello):
-                    handshake.hear_hello(message)
-                    self._report_when_all_known(handshake)
-                elif isinstance(message, Ready):
-                    handshake.hear_ready(message)
-                    self._start_when_loaded(handshake)
-                elif isinstance(message, Started):
-                    handshake.hear_started(message)
-                    self._report_when_started(handshake)
-                elif isinstance(message, Failed):
-                    failures.append(message)
-        return failures
+                messages.append(message)
+        return messages
 
-    def _report_when_all_known(self, handshake: Handshake) -> None:
-        if handshake.all_said_hello:
-            self._report(GroupState.STARTING, handshake)
+    def _hear(self, message: Message, handshake: Handshake) -> None:
+        """Take one step of the handshake: the group starts when the last rank has loaded."""
+        if isinstance(message, Hello):
+            handshake.hear_hello(message)
+            if handshake.all_said_hello:
+                self._report(GroupState.STARTING, handshake)
+        elif isinstance(message, Ready):
+            handshake.hear_ready(message)
+            self._start_when_loaded(handshake)
+        elif isinstance(message, Started):
+            handshake.hear_started(message)
+            self._report_when_started(handshake)
 
     def _start_when_loaded(self, handshake: Handshake) -> None:
         if handshake.all_loaded:
             start = handshake.start()
             for control in self._controls:
-                control.send(start)
+                control.try_send(start)  # a rank that is gone by now is found dead in the next turn
 
     def _report_when_started(self, handshake: Handshake) -> None:
         if not handshake.all_started:
@@ -139,6 +148,15 @@ class MultiGPUOrchestrator:
         ranks = [] if handshake is None else handshake.ranks
         self._status.send(GroupStatus(epoch=self._spec.epoch, state=state, ranks=ranks))
 
+    def _remove_run_dir(self) -> None:
+        """Remove what this service put there: the server that made the folder is gone, or is removing it itself."""
+        run_dir = Path(self._spec.run_dir)
+        with contextlib.suppress(OSError):
+            for pattern in RUN_DIR_FILES:
+                for path in run_dir.glob(pattern):
+                    path.unlink(missing_ok=True)
+            run_dir.rmdir()
+
     def _close(self) -> None:
         for control in self._controls:
             control.close()
@@ -147,11 +165,12 @@ class MultiGPUOrchestrator:
         self._context.term()
 
 
-def _diagnose(failures: list[Failed], ranks: RankProcesses) -> tuple[str, bool]:
+def _diagnose(messages: list[Message], ranks: RankProcesses) -> tuple[str, bool]:
     """Return the likeliest first cause of a group's end, and whether it is the user's to mend.
 
     A mistake of the user explains everything; a rank that a signal ended explains why the others lost a peer.
     """
+    failures = [message for message in messages if isinstance(message, Failed)]
     for failed in failures:
         if failed.is_user_error:
             return failed.error, True

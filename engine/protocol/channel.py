@@ -4,13 +4,14 @@ Both ends are DEALER sockets without a high-water mark (flow is bounded by what 
 without lingering (what a dead group left unsent must not reach its successor).
 """
 
+import contextlib
 import math
 
 import zmq
 import zmq.asyncio
 
 from engine.protocol.codec import Decoder, encode
-from engine.protocol.messages import GroupStatus, Message, RequestBatch, StatsReport, TokenBatch
+from engine.protocol.messages import GroupStatus, Message, StatsReport, TokenBatch
 
 
 def _configure(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> None:
@@ -47,6 +48,11 @@ class Channel:
     def send(self, message: Message) -> None:
         """Queue `message` for the other side. The end that bound waits here until the other has first connected."""
         self.socket.send(encode(message))
+
+    def try_send(self, message: Message) -> None:
+        """Queue `message` if there is an other side; drop it where there is none, or none any more."""
+        with contextlib.suppress(zmq.Again):
+            self.socket.send(encode(message), zmq.DONTWAIT)
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """Wait up to `timeout` seconds (None: for ever) and return the next message, or None if none came."""
@@ -104,10 +110,6 @@ class EngineChannel(AsyncChannel):
         super().__init__(context, epoch, TokenBatch, StatsReport)
         self.epoch = epoch
         self.connect(endpoint)
-
-    async def submit(self, batch: RequestBatch) -> None:
-        """Send new and aborted requests to rank 0."""
-        await self.send(batch)
 
 
 class StatusChannel(AsyncChannel):

@@ -70,6 +70,9 @@ class EngineConfig:
             raise ValueError("--num-kv-blocks and --kv-cache-memory both size the KV cache: give one of them")
 
 
+RUN_DIR_FILES = ("control-*", "engine-*", "steps-*", "status", "spec.json")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
     """What one launch hands every rank: written to a file, read by `python -m engine.worker FILE`."""

@@ -111,11 +111,6 @@ class ScheduledStep(Message, frozen=True):
     rows: list[ScheduledRow]
     finished: list[str]  # sequences to forget before the step; preempted ones are not here, they come back whole
 
-    @property
-    def num_scheduled_tokens(self) -> int:
-        """Tokens computed in this step."""
-        return sum(row.num_scheduled_tokens for row in self.rows)
-
 
 # --- statistics ------------------------------------------------------------------------------------------------------
 
@@ -165,7 +160,6 @@ class Hello(Message, frozen=True):
     host: str
     device: str
     config_hash: str
-    protocol_version: int = PROTOCOL_VERSION
 
 
 class Ready(Message, frozen=True):

@@ -78,6 +78,14 @@ class ModelConfig:
             problem = f"and the model's {kv_heads} key-value heads: one must divide the other"
         raise ValueError(f"--tensor-parallel-size {tp_size} {problem}; possible: {possible}")
 
+    def check_max_model_len(self, max_model_len: int | None) -> None:
+        """Raise ValueError if the model knows no positions that far; None is whatever it knows."""
+        longest = self.max_position_embeddings
+        if max_model_len is not None and max_model_len > longest:
+            raise ValueError(
+                f"--max-model-len {max_model_len} is more than the model's max_position_embeddings, {longest}"
+            )
+
     def _splits_over(self, tp_size: int) -> bool:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         return heads % tp_size == 0 and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)

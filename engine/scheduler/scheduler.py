@@ -51,6 +51,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()  # in order of arrival
         self._running: list[Sequence] = []  # in order of arrival
+        self._in_flight: dict[int, list[Sequence]] = {}  # of steps whose results are not applied yet, in row order
         self._finished: list[str] = []  # to be forgotten by the ranks
         self._arrivals = self._step = 0
         self._preemptions = self._steps_reported = self._integrity_checks = 0
@@ -99,17 +100,28 @@ class Scheduler:
             self._admit(chosen)
         if not chosen:
             return None
-        rows = [self._schedule_row(sequence, chosen[sequence]) for sequence in self._running if sequence in chosen]
+        sequences = [sequence for sequence in self._running if sequence in chosen]
+        rows = [self._schedule_row(sequence, chosen[sequence]) for sequence in sequences]
+        self._in_flight[self._step] = sequences
         finished, self._finished = self._finished, []
         step = ScheduledStep(epoch=self._epoch, step=self._step, rows=rows, finished=finished)
         self._step += 1
         return step
 
-    def fill_pending(self, step: ScheduledStep, tokens: Mapping[str, int]) -> None:
-        """Replace the pending tokens in `step` by what the step before it sampled, by request id."""
+    def fill_pending(self, step: ScheduledStep, tokens: Mapping[str, int | str]) -> None:
+        """Replace the pending tokens in `step` by what the step before it sampled, by request id.
+
+        A sequence for which none could be sampled ends when that step is applied; until then any token will do.
+        """
         for row in step.rows:
             if row.new_token_ids and row.new_token_ids[-1] == PENDING_TOKEN:
-                row.new_token_ids[-1] = tokens[row.request_id]
+                token = tokens[row.request_id]
+                row.new_token_ids[-1] = token if isinstance(token, int) else 0
+
+    def sampling_params(self, step: ScheduledStep) -> list[SamplingParams]:
+        """Return how the next tokens of a step that is in flight are to be sampled, for each row that samples."""
+        sequences = self._in_flight[step.step]
+        return [sequence.request.sampling for row, sequence in zip(step.rows, sequences, strict=True) if row.samples]
 
     def apply(self, step: ScheduledStep, tokens: Mapping[str, int | str]) -> list[TokenOutput]:
         """Take a step's samples: a token, or a message why none could be sampled, for each row that samples.
@@ -117,15 +129,10 @@ class Scheduler:
         Rows of sequences that were aborted or that finished since the step was scheduled are dropped.
         """
         outputs = []
-        for row in step.rows:
-            sequence = self._sequences.get(row.request_id)
-            if row.samples and sequence is not None:
+        for row, sequence in zip(step.rows, self._in_flight.pop(step.step), strict=True):
+            if row.samples and self._sequences.get(row.request_id) is sequence:
                 outputs.append(self._apply_token(sequence, tokens[row.request_id]))
         return outputs
-
-    def sampling_of(self, row: ScheduledRow) -> SamplingParams:
-        """Return how the row's next token is to be sampled."""
-        return self._sequences[row.request_id].request.sampling
 
     # --- looking inside ----------------------------------------------------------------------------------------------
 

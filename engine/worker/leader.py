@@ -42,6 +42,7 @@ class Leader:
         self._statistics = statistics
         self._epoch = epoch
         self._vocab_size = vocab_size
+        self._had_work = False
         self._rank_stats: list[RankStats] = []  # of followers, on their way to the server
         self._poller = zmq.Poller()
         for channel in (server, *followers):
@@ -54,7 +55,14 @@ class Leader:
             step = self._scheduler.schedule()
             if step is not None:
                 self._run_step(step)
+            self._check_when_idle()
             self._report_if_due()
+
+    def _check_when_idle(self) -> None:
+        """Check the block bookkeeping each time the last request has gone."""
+        had_work, self._had_work = self._had_work, self._scheduler.has_work
+        if had_work and not self._had_work:
+            self._scheduler.check_integrity()
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -65,15 +73,12 @@ class Leader:
         tokens = {} if logits is None else self._sample(step, logits)
         self._emit(step.step, self._scheduler.apply(step, tokens))
         self._statistics.note_work()
-        if not self._scheduler.has_work:
-            self._scheduler.check_integrity()
 
     def _sample(self, step: ScheduledStep, logits: Tensor) -> dict[str, int | str]:
         """Return each sampling row's next token, or why it has none, by request id."""
         rows = [row for row in step.rows if row.samples]
-        params = [self._scheduler.sampling_of(row) for row in rows]
         positions = [row.num_computed_tokens + row.num_scheduled_tokens for row in rows]
-        samples = sample(logits, params, positions)
+        samples = sample(logits, self._scheduler.sampling_params(step), positions)
         return {
             row.request_id: str(drawn) if isinstance(drawn, SamplingError) else drawn
             for row, drawn in zip(rows, samples, strict=True)
@@ -95,6 +100,7 @@ class Leader:
                     self._rank_stats.append(message)
 
     def _take_requests(self, batch: RequestBatch) -> None:
+        self._had_work = True  # also where all of it is aborted before a step
         refused = []
         for request in batch.new:
             try:

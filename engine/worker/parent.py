@@ -4,7 +4,8 @@ import ctypes
 import os
 import signal
 
-PARENT_PID_VARIABLE = "RYZANSTEIN_PARENT_PID"
+from engine.protocol.environment import PARENT_PID_VARIABLE
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

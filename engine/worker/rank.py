@@ -53,19 +53,28 @@ def run_rank(spec: RankSpec) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     control = Channel(context, spec.epoch, Start)
     control.connect(spec.control_endpoint(rank))
+    is_set_up = False
     try:
-        _serve(spec, rank, context, control)
-    except ValueError as error:  # what a user did; anything else is our own fault and shows its traceback
-        control.send(Failed(epoch=spec.epoch, rank=rank, error=str(error), is_user_error=True))
+        loop = _set_up(spec, rank, context, control)
+        is_set_up = True
+        control.send(Started(epoch=spec.epoch, rank=rank))
+        loop.run()
     except Exception as error:
-        logger.exception("cannot go on")
-        message = f"{type(error).__name__}: {error}"
-        control.send(Failed(epoch=spec.epoch, rank=rank, error=message, is_user_error=False))
+        # While loading, a ValueError is what a user did; anything else is our own fault and shows its traceback.
+        is_user_error = isinstance(error, ValueError) and not is_set_up
+        if not is_user_error:
+            logger.exception("cannot go on")
+        text = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+        one_line = " ".join(text.split())
+        control.send(Failed(epoch=spec.epoch, rank=rank, error=one_line, is_user_error=is_user_error))
     _linger(context, control)
     return 1
 
 
-def _serve(spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]", control: Channel) -> None:
+def _set_up(
+    spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]", control: Channel
+) -> Leader | Follower:
+    """Say HELLO, load, agree with the other ranks, allocate; return what runs this rank's steps."""
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
     device = choose_device(spec.engine, int(os.environ.get("LOCAL_RANK", rank)))
     control.send(
@@ -78,13 +87,11 @@ def _serve(spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]",
             config_hash=config_hash(spec.engine),
         )
     )
-    with ProcessGroupManager(device) as groups:
-        group = groups.tensor_parallel
-        shard = _load(spec, group, device)
-        start = _agree(spec, group, shard, control)
-        loop = _make_loop(spec, group, shard, start, context)
-        control.send(Started(epoch=spec.epoch, rank=rank))
-        loop.run()
+    # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
+    group = ProcessGroupManager(device).tensor_parallel
+    shard = _load(spec, group, device)
+    start = _agree(spec, group, shard, control)
+    return _make_loop(spec, group, shard, start, context)
 
 
 def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> _Shard:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import zmq
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.messages import GroupState, Request, SamplingParams
@@ -79,6 +80,25 @@ def test_a_rank_ignores_the_terminals_interrupt(checkpoint: Path) -> None:
             os.kill(rank.pid, signal.SIGINT)
         requests = [Request("a", [1, 2, 3], SamplingParams(max_tokens=4))]
         assert len(engine.generate(requests)["a"]) == 4
+
+
+def test_a_rank_that_dies_while_another_still_loads_is_named(checkpoint: Path) -> None:
+    """The last READY comes when its sender's peer is dead already: nothing may wait for the dead one."""
+    scripted = EngineProcess(config(checkpoint), command=("-m", "tests.fault.scripted_group"))
+    with pytest.raises(EngineFailedError, match=r"rank 0 .* was killed by SIGKILL"), scripted:
+        pass
+
+
+def test_words_that_make_no_sense_end_the_group_with_an_error(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint, tp_size=1)) as engine:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stranger = context.socket(zmq.DEALER)
+        stranger.connect(engine.spec.control_endpoint(0))
+        stranger.send(b"\x63garbage")
+        with pytest.raises(EngineFailedError, match="protocol version 99, expected 1"):
+            engine.wait_for(GroupState.READY)
+        context.destroy(linger=0)
+        assert engine.process.wait(10) == 1
 
 
 def test_a_missing_weights_file_is_the_users_to_mend(checkpoint: Path, tmp_path: Path) -> None:

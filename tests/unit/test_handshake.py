@@ -84,22 +84,10 @@ def test_a_context_that_was_asked_for_and_does_not_fit_is_an_error() -> None:
         complete(engine_config(max_model_len=100), (8, 3)).start()
 
 
-def test_a_context_beyond_the_models_is_an_error() -> None:
-    with pytest.raises(ValueError, match="--max-model-len 129 is more than the model's max_position_embeddings, 128"):
-        complete(engine_config(max_model_len=129), (100, 100)).start()
-
-
 def test_a_rank_with_another_configuration_is_refused() -> None:
     engine = engine_config()
     with pytest.raises(HandshakeError, match="rank 1 on here was started with another configuration"):
         handshake(engine).hear_hello(hello(engine_config(max_model_len=64), 1))
-
-
-def test_a_rank_of_another_protocol_version_is_refused() -> None:
-    engine = engine_config()
-    other = Hello(1, 1, 5, "here", "cpu", config_hash(engine), protocol_version=99)
-    with pytest.raises(HandshakeError, match="protocol version 99"):
-        handshake(engine).hear_hello(other)
 
 
 def test_ranks_with_different_weights_are_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.protocol.messages import FinishReason, Request, SamplingParams, ScheduledStep, TokenOutput
+from engine.protocol.messages import FinishReason, Request, SamplingParams, ScheduledStep
 from engine.scheduler.scheduler import PENDING_TOKEN, Scheduler
 
 BLOCK_SIZE = 4
@@ -77,35 +77,52 @@ def make_request(request_id: str, prompt: list[int], max_tokens: int = 8, stop: 
     return Request(request_id, prompt, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop))
 
 
-def collect(outputs: dict[str, list[int]], batch: list[TokenOutput], finished: dict[str, FinishReason]) -> None:
-    for output in batch:
-        assert output.request_id not in finished, "output after the finish"
-        outputs.setdefault(output.request_id, []).extend(output.token_ids)
-        if output.finish_reason is not None:
-            finished[output.request_id] = output.finish_reason
+class Runner:
+    """Runs steps; their results are applied at once, or while the next step is scheduled already."""
+
+    def __init__(self, scheduler: Scheduler, one_step_late: bool = False) -> None:
+        self._scheduler = scheduler
+        self._rank = FakeRank()
+        self._one_step_late = one_step_late
+        self._in_flight: tuple[ScheduledStep, dict[str, int]] | None = None
+        self.outputs: dict[str, list[int]] = {}
+        self.finished: set[str] = set()
+
+    def advance(self) -> bool:
+        """Run one step; return whether anything is left."""
+        step = self._scheduler.schedule()
+        if step is not None and self._in_flight is not None:
+            self._scheduler.fill_pending(step, self._in_flight[1])
+        self._apply()
+        if step is not None:
+            assert len(self._scheduler.sampling_params(step)) == sum(row.samples for row in step.rows)
+            self._in_flight = (step, self._rank.run(step))
+        if not self._one_step_late:
+            self._apply()
+        self._scheduler.check_integrity()
+        return self._scheduler.has_work or self._in_flight is not None
+
+    def forget(self, request_id: str) -> None:
+        self.outputs.pop(request_id, None)
+        self.finished.discard(request_id)
+
+    def _apply(self) -> None:
+        if self._in_flight is None:
+            return
+        in_flight, self._in_flight = self._in_flight, None
+        for output in self._scheduler.apply(*in_flight):
+            assert output.request_id not in self.finished, "output after the finish"
+            self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                self.finished.add(output.request_id)
 
 
 def drain(scheduler: Scheduler, *, one_step_late: bool = False) -> dict[str, list[int]]:
-    """Run to the end, results applied at once or while the next step is scheduled already."""
-    rank = FakeRank()
-    outputs: dict[str, list[int]] = {}
-    finished: dict[str, FinishReason] = {}
-    in_flight: tuple[ScheduledStep, dict[str, int]] | None = None
+    """Run to the end."""
+    runner = Runner(scheduler, one_step_late)
     for _ in range(20_000):
-        step = scheduler.schedule()
-        if step is not None and in_flight is not None:
-            scheduler.fill_pending(step, in_flight[1])
-        if in_flight is not None:
-            collect(outputs, scheduler.apply(*in_flight), finished)
-            in_flight = None
-        if step is not None:
-            in_flight = (step, rank.run(step))
-            if not one_step_late:
-                collect(outputs, scheduler.apply(*in_flight), finished)
-                in_flight = None
-        scheduler.check_integrity()
-        if not scheduler.has_work and in_flight is None:
-            return outputs
+        if not runner.advance():
+            return runner.outputs
     raise AssertionError("the scheduler does not come to an end")
 
 
@@ -146,32 +163,34 @@ def test_every_request_gets_what_it_would_get_alone(
     assert scheduler.take_stats().num_free_kv_blocks == num_kv_blocks
 
 
-@settings(max_examples=60, deadline=None)
-@given(requests_strategy, st.integers(1, 12), st.data())
+@settings(max_examples=100, deadline=None)
+@given(requests_strategy, st.integers(1, 12), st.booleans(), st.data())
 def test_aborts_at_any_moment_leave_the_others_and_the_blocks_whole(
-    drawn: list[tuple[list[int], int, list[int]]], budget: int, data: st.DataObject
+    drawn: list[tuple[list[int], int, list[int]]], budget: int, one_step_late: bool, data: st.DataObject
 ) -> None:
     scheduler = make_scheduler(num_kv_blocks=9, max_model_len=32, max_num_batched_tokens=budget)
-    requests = {str(i): make_request(str(i), prompt, n) for i, (prompt, n, _) in enumerate(drawn)}
+    requests = {str(i): make_request(str(i), prompt, n, tuple(stop)) for i, (prompt, n, stop) in enumerate(drawn)}
     for request in requests.values():
         scheduler.add(request)
-    rank, outputs = FakeRank(), {request_id: list[int]() for request_id in requests}
-    aborted: set[str] = set()
-    while scheduler.has_work:
-        step = scheduler.schedule()
-        assert step is not None
-        tokens = rank.run(step)
+    runner = Runner(scheduler, one_step_late)
+    disturbed: set[str] = set()
+    comebacks = 2
+    while runner.advance():
         victim = data.draw(st.sampled_from([*requests, None, None, None]))
-        if victim is not None:  # between the step's schedule and its results
-            scheduler.abort(victim)
-            aborted.add(victim)
-        collect(outputs, scheduler.apply(step, tokens), {})
-        scheduler.check_integrity()
+        if victim is None:
+            continue
+        scheduler.abort(victim)  # with one step late, between a step's schedule and its results
+        disturbed.add(victim)
+        if comebacks and data.draw(st.booleans()):  # the id comes back, as another sequence
+            scheduler.add(requests[victim])
+            runner.forget(victim)
+            disturbed.discard(victim)
+            comebacks -= 1
     assert scheduler.take_stats().num_free_kv_blocks == 9
     for request_id, request in requests.items():
-        expected = lone_output(request, 32)
-        assert outputs[request_id] == expected[: len(outputs[request_id])]
-        assert request_id in aborted or outputs[request_id] == expected
+        expected, output = lone_output(request, 32), runner.outputs.get(request_id, [])
+        assert output == expected[: len(output)]
+        assert request_id in disturbed or output == expected
 
 
 def test_no_step_exceeds_the_token_budget_or_the_number_of_sequences() -> None:
@@ -182,7 +201,7 @@ def test_no_step_exceeds_the_token_budget_or_the_number_of_sequences() -> None:
     while scheduler.has_work:
         step = scheduler.schedule()
         assert step is not None
-        assert 0 < step.num_scheduled_tokens <= 7
+        assert 0 < sum(row.num_scheduled_tokens for row in step.rows) <= 7
         assert len(step.rows) <= 3
         scheduler.apply(step, rank.run(step))
 
@@ -265,6 +284,22 @@ def test_a_row_that_could_not_be_sampled_ends_its_request_alone() -> None:
     assert outputs[0].error == "the logits are not finite"
     assert outputs[1].token_ids == [5]
     assert scheduler.has_work
+    scheduler.check_integrity()
+
+
+def test_a_row_that_could_not_be_sampled_ends_although_its_next_step_is_scheduled() -> None:
+    scheduler, rank = make_scheduler(), FakeRank()
+    scheduler.add(make_request("bad", [1]))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    rank.run(first)
+    scheduler.fill_pending(second, {"bad": "the logits are not finite"})
+    assert [output.error for output in scheduler.apply(first, {"bad": "the logits are not finite"})] == [
+        "the logits are not finite"
+    ]
+    assert scheduler.apply(second, rank.run(second)) == []
+    assert not scheduler.has_work
     scheduler.check_integrity()
 
 

@@ -1,0 +1,43 @@
+"""An orchestrator whose ranks follow a script: rank 0 dies between its READY and rank 1's."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from engine.orchestrator.orchestrator import MultiGPUOrchestrator
+from engine.protocol.channel import Channel
+from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.messages import Hello, Ready, Start
+
+RANK_COMMAND = (sys.executable, "-m", "tests.fault.scripted_group", "--rank")
+
+
+def be_rank(spec: RankSpec, rank: int) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    control = Channel(context, spec.epoch, Start)
+    control.connect(spec.control_endpoint(rank))
+    control.send(Hello(spec.epoch, rank, os.getpid(), "here", "cpu", config_hash(spec.engine)))
+    is_dead = Path(spec.run_dir) / "steps-rank0-is-dead"
+    if rank == 1:
+        while not is_dead.exists():
+            time.sleep(0.001)
+        time.sleep(0.05)
+    control.send(Ready(spec.epoch, rank, "same", 64, 1, {}))
+    if rank == 0:
+        time.sleep(0.5)  # for the words to arrive
+        is_dead.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    spec = msgspec.json.decode(Path(sys.argv[-1]).read_bytes(), type=RankSpec)
+    if "--rank" in sys.argv:
+        be_rank(spec, int(os.environ["RANK"]))
+    else:
+        sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), rank_command=RANK_COMMAND).run())
