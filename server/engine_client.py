@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import zmq.asyncio
 
@@ -21,9 +22,11 @@ from engine.protocol.messages import (
     TokenOutput,
 )
 from server.errors import not_ready
-from server.metrics import Metrics
+from server.metrics import ABORT, Metrics
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Inbox:
@@ -74,6 +77,7 @@ class EngineClient:
         self._channel: EngineChannel | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._closed_because = ""
+        self._closed = asyncio.Event()
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property
@@ -88,12 +92,20 @@ class EngineClient:
         if self.status.state is not GroupState.READY:
             raise not_ready("The model is being loaded; try again in a moment.")
 
-    def submit(self, requests: Sequence[Request]) -> Inbox:
-        """Send `requests` to the engine with the next message; their outputs come to the inbox returned."""
+    def submit(self, requests: Sequence[Request], arrival: float) -> Inbox:
+        """Send `requests` to the engine with the next message; their outputs come to the inbox returned.
+
+        Args:
+            requests: of one API request.
+            arrival: when that came, by `time.perf_counter`; latencies are measured from then.
+
+        Raises:
+            APIError: when the engine takes no requests.
+        """
         self.require_ready()
-        inbox, now = Inbox(), time.perf_counter()
+        inbox = Inbox()
         for request in requests:
-            self._flights[request.request_id] = _Flight(request, inbox, now)
+            self._flights[request.request_id] = _Flight(request, inbox, arrival)
             if request.sampling.choice_index == 0:  # choices share their prompt
                 self._metrics.prompt_tokens.inc(len(request.prompt_token_ids))
         self._new.extend(requests)
@@ -104,7 +116,7 @@ class EngineClient:
         """Forget those of `request_ids` that have not ended, and tell the engine."""
         gone = [request_id for request_id in request_ids if self._flights.pop(request_id, None) is not None]
         if gone:
-            self._metrics.finished.labels("abort").inc(len(gone))
+            self._metrics.finished.labels(ABORT).inc(len(gone))
             self._withdraw(gone)
 
     def end(self, request_id: str) -> None:
@@ -138,9 +150,27 @@ class EngineClient:
         """Wait until the link is of no use any more, and return why."""
         return await asyncio.shield(self._broken)
 
+    async def unless_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work` for a request; it is cancelled when none are taken any more.
+
+        Raises:
+            APIError: (503) when that is so.
+        """
+        working, closing = asyncio.ensure_future(work), asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait((working, closing), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                self.require_ready()
+            return await working
+        finally:
+            working.cancel()
+            closing.cancel()
+            await asyncio.gather(working, closing, return_exceptions=True)
+
     async def close(self, reason: str) -> None:
         """End every request in flight with an error, and take no more."""
         self._closed_because = self._closed_because or reason
+        self._closed.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -159,7 +189,7 @@ class EngineClient:
             self._outgoing.clear()
             batch = RequestBatch(channel.epoch, self._new, self._aborted)
             self._new, self._aborted = [], []
-            await channel.submit(batch)
+            await channel.send(batch)
 
     async def _receive(self, channel: EngineChannel) -> None:
         while True:
@@ -203,4 +233,5 @@ class EngineClient:
             flight.last_token = now
         if output.finish_reason is not None:
             metrics.finished.labels(output.finish_reason.value).inc()
+        if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             metrics.e2e_latency.observe(now - flight.arrival)
