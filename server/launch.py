@@ -29,9 +29,16 @@ class EngineProcess:
         self.run_dir = _make_run_dir()
         self._is_stopped = False
         self.spec = RankSpec(engine=engine, epoch=1, run_dir=str(self.run_dir))
+        try:
+            self._process = self._start(command)
+        except BaseException:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            raise
+
+    def _start(self, command: Sequence[str]) -> "subprocess.Popen[bytes]":
         spec_path = self.run_dir / "spec.json"
         spec_path.write_bytes(msgspec.json.encode(self.spec))
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [*command, str(spec_path)], stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
         )
 
