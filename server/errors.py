@@ -84,7 +84,7 @@ async def _on_exception(_: Request, __: Exception) -> Response:
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """Return the API error for what pydantic found first."""
     first = errors[0]
-    kind, param = first["type"], field_path(first["loc"]) or first.get("ctx", {}).get("field")
+    kind, param = first["type"], field_path(_location(first))
     if kind == "json_invalid":
         return APIError(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
     if param is None:
@@ -96,6 +96,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
         return APIError(message, param=param, code="missing_required_parameter")
     code = kind if kind in ("unsupported_value", "context_length_exceeded") else "invalid_value"
     return APIError(f"{param}: {first['msg']}.", param=param, code=code)
+
+
+def _location(error: Mapping[str, Any]) -> list[str | int]:
+    """Return where the error is; one found in an object as a whole may be about one field of it."""
+    field = error.get("ctx", {}).get("field")
+    return [*error["loc"], *([] if field is None else [field])]
 
 
 def field_path(location: Sequence[str | int]) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeGuard
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -12,6 +13,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainValidator,
+    model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -24,6 +26,20 @@ class RequestModel(BaseModel):
     """Types are not converted, and a field that nobody knows is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, data: object) -> object:
+        """Refuse a key that is no text, which pydantic itself cannot name."""
+        for key in data if isinstance(data, dict) else ():
+            if isinstance(key, str) and printable(key) != key:
+                raise PydanticCustomError("extra_forbidden", "is not known", {"field": printable(key)})
+        return data
+
+
+def printable(text: str) -> str:
+    """Return `text` in characters that UTF-8 has: halves of surrogate pairs are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # typing caches Annotated types by equality, for which 0 and False are one.
@@ -66,14 +82,20 @@ def invalid(message: str) -> PydanticCustomError:
 PromptInput = str | list[str] | list[int] | list[list[int]]
 
 
-def _is_text(value: object) -> TypeGuard[str]:
-    """Text that UTF-8 can express: JSON can escape half of a surrogate pair."""
-    if not isinstance(value, str):
-        return False
+def _check_text(value: str) -> str:
+    """Return `value` if UTF-8 can express it: JSON can escape half of a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError:
         raise invalid("holds half of a surrogate pair, which is not a character") from None
+    return value
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether `value` is a string; one that is no text is an error."""
+    if not isinstance(value, str):
+        return False
+    _check_text(value)
     return True
 
 
@@ -141,9 +163,10 @@ class TextPart(BaseModel):
     text: str
 
 
+Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[list[str] | list[list[int]], PlainValidator(parse_prompt, json_schema_input_type=PromptInput)]
 Content = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[TextPart])]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     list[StopString],
     BeforeValidator(parse_stop, json_schema_input_type=str | list[str] | None),

@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import Content, Prompt, RequestModel, Stop, neutral
+from server.api.fields import Content, Prompt, RequestModel, Stop, Text, neutral
+from server.limits import INT64, MAX_TEMPERATURE
 
 MAX_CHOICES = 128
-MAX_TEMPERATURE = 100.0
-INT64 = 2**63
 
 Count = Annotated[int, Field(ge=1, le=INT64 - 1)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -31,7 +30,7 @@ class StreamOptions(RequestModel):
 class GenerationRequest(RequestModel):
     """Fields of both endpoints."""
 
-    model: str | None = Field(None, description="The served model's name; may be left out.")
+    model: Text | None = Field(None, description="The served model's name; may be left out.")
     max_tokens: Count | None = Field(None, description="Most tokens to generate for each choice.")
     temperature: float | None = Field(
         None, ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False, description="0 takes the likeliest token each time."
@@ -47,7 +46,7 @@ class GenerationRequest(RequestModel):
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
     stream: bool | None = Field(None, description="Send the text as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    user: str | None = Field(None, description="Accepted; it has no effect on the result.")
+    user: Text | None = Field(None, description="Accepted; it has no effect on the result.")
     metadata: FreeForm = None
 
     frequency_penalty: Annotated[Any, neutral(0)] = None
@@ -114,7 +113,7 @@ class ChatMessage(RequestModel):
         BeforeValidator(_developer_is_system, json_schema_input_type=WrittenRole),
     ] = Field(description="`developer` is another word for `system`.")
     content: Content = Field(description="Text, or text parts, which become its lines.")
-    name: str | None = Field(None, description="Who speaks; given to the chat template.")
+    name: Text | None = Field(None, description="Who speaks; given to the chat template.")
     # Fields of a response's message, which comes back as a part of the next conversation.
     refusal: Annotated[Any, neutral()] = None
     audio: Annotated[Any, neutral()] = None
@@ -133,8 +132,8 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
     max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
-    safety_identifier: str | None = Field(None, description="Accepted; it has no effect on the result.")
-    prompt_cache_key: str | None = Field(None, description="Accepted; it has no effect on the result.")
+    safety_identifier: Text | None = Field(None, description="Accepted; it has no effect on the result.")
+    prompt_cache_key: Text | None = Field(None, description="Accepted; it has no effect on the result.")
     prompt_cache_options: Annotated[Any, neutral()] = None
     prompt_cache_retention: Annotated[Any, neutral()] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
