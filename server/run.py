@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 from collections.abc import Generator
@@ -19,7 +18,9 @@ from server.engine_client import EngineClient
 from server.launch import EngineProcess
 from server.metrics import Metrics
 from server.service import Service, TextModel
+from server.signals import are_stop_signals_ignored, on_stop_signal
 from server.supervisor import Supervisor
+from server.threads import in_daemon_thread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 GRACE_SECONDS = 2  # for error events to reach slow clients
@@ -62,7 +63,7 @@ async def _serve(listener: socket.socket, process: EngineProcess, model: TextMod
     finally:
         supervising.cancel()
         http.should_exit = True
-        await asyncio.gather(serving, supervising, asyncio.to_thread(process.stop), return_exceptions=True)
+        await asyncio.gather(serving, supervising, in_daemon_thread(process.stop), return_exceptions=True)
         context.destroy(linger=0)
     if failure is not None:
         sys.stderr.write(f"ryzanstein: error: {failure.error}\n")
@@ -76,8 +77,15 @@ async def _serve(listener: socket.socket, process: EngineProcess, model: TextMod
 async def _stop_signal() -> None:
     """Wait for SIGTERM or SIGINT. Later ones change nothing: the end is under way."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, arrived.set)
+
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            loop.call_soon_threadsafe(arrived.set)
+
+    if are_stop_signals_ignored():  # one came where nothing can be raised, such as in a finalizer
+        return
+    # Not the loop's own handlers: between their end and the process's a signal would kill it.
+    on_stop_signal(tell)
     await arrived.wait()
 
 

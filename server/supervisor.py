@@ -1,8 +1,6 @@
 """Follows the rank group's life as the orchestrator tells it, and notices when the orchestrator itself is gone."""
 
 import asyncio
-import contextlib
-import threading
 from collections.abc import Callable
 
 import zmq.asyncio
@@ -12,6 +10,7 @@ from engine.protocol.codec import ProtocolError
 from engine.protocol.messages import GroupState, GroupStatus
 from server.engine_client import EngineClient
 from server.launch import EngineProcess
+from server.threads import in_daemon_thread
 
 LAST_WORDS_SECONDS = 0.5  # how long a status sent just before the exit may take to arrive
 
@@ -42,7 +41,7 @@ class Supervisor:
         """Follow the group until it fails; return its last status, which says why."""
         following = asyncio.ensure_future(self._follow())
         broken = asyncio.ensure_future(self._client.until_broken())
-        exited = self._exit_code()
+        exited = asyncio.ensure_future(in_daemon_thread(self._process.wait))
         try:
             await asyncio.wait((following, broken, exited), return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
@@ -71,26 +70,6 @@ class Supervisor:
                 self._client.set_status(status)
             if status.state is GroupState.FAILED:
                 return status
-
-    def _exit_code(self) -> "asyncio.Future[int]":
-        """Return a future of the orchestrator's exit code.
-
-        A daemon thread waits for it: a thread of the loop's executor would keep this process from ending.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[int] = loop.create_future()
-
-        def tell(code: int) -> None:
-            if not future.done():
-                future.set_result(code)
-
-        def wait() -> None:
-            code = self._process.wait()
-            with contextlib.suppress(RuntimeError):  # the loop has ended before the orchestrator
-                loop.call_soon_threadsafe(tell, code)
-
-        threading.Thread(target=wait, name="orchestrator-exit", daemon=True).start()
-        return future
 
     def _fail(self, error: str) -> GroupStatus:
         status = GroupStatus(epoch=self._client.status.epoch, state=GroupState.FAILED, error=error)

@@ -1,0 +1,58 @@
+"""SIGTERM and SIGINT: the first one stops the service, later ones change nothing."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Generator
+from types import FrameType
+from typing import NoReturn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(KeyboardInterrupt):
+    """A stop signal came.
+
+    Not `KeyboardInterrupt` itself: where that passes through `exec` of a text, as in the making of a dataclass, Python
+    ends with SIGINT's exit code although it was caught.
+    """
+
+
+def on_stop_signal(action: Callable[[], object]) -> None:
+    """Call `action` at the first SIGTERM or SIGINT, and ignore those that follow."""
+
+    def handle(_: int, __: FrameType | None) -> None:
+        ignore_stop_signals()
+        action()
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
+
+
+def ignore_stop_signals() -> None:
+    """Let no SIGTERM or SIGINT disturb an end that is under way, or change its exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stop_signals_delayed() -> Generator[None, None, None]:
+    """Let a SIGTERM or SIGINT that comes inside the block take effect at its end."""
+    arrived: list[int] = []
+    before = [(number, signal.signal(number, lambda number, _: arrived.append(number))) for number in STOP_SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
+def unwind() -> NoReturn:
+    """Unwind the stack, so that whatever was started is ended."""
+    raise StopRequested
+
+
+def are_stop_signals_ignored() -> bool:
+    """Return whether the first one has come."""
+    return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
