@@ -1,5 +1,6 @@
 """The HTTP side's options: one definition of each name, default and help text, as in `engine.protocol.config`."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,5 +41,7 @@ class ServerConfig:
         """Return the name under which the API offers the model in directory `model`."""
         if self.served_model_name is not None:
             return self.served_model_name
-        path = Path(model).resolve()
-        return EMBEDDED_MODEL_NAME if path == EMBEDDED_MODEL.resolve() else path.name
+        if Path(model).resolve() == EMBEDDED_MODEL.resolve():
+            return EMBEDDED_MODEL_NAME
+        # As it is written: a link is often the name, and what it leads to a hash.
+        return Path(os.path.normpath(Path(model).absolute())).name

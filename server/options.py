@@ -6,7 +6,7 @@ turned into the field's type, and every error is one line that names the option 
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -20,6 +20,8 @@ SIZE_UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
 }
+MAX_SIZE = 2**63
+MAX_DIGITS = 100  # of a whole number: more than any option takes, and not too many to be shown
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 C = TypeVar("C")
@@ -84,13 +86,16 @@ def _option(item: "Field[Any]", hint: Any) -> Option:
 
 def parse_size(value: object) -> int:
     """Return a number of bytes from 4GiB, 512MB, 1e9 or a plain number; K, M, G, T alone are powers of 1024."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_SIZE:
         return value
     match = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     unit = SIZE_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"must be a size such as 4GiB, 512MB or 1e9, not {value!r}")
-    return int(float(match[1]) * unit)
+    size = float(match[1]) * unit
+    if size >= MAX_SIZE:
+        raise ValueError(f"must be less than 2**63 bytes, not {value!r}")
+    return int(size)
 
 
 def _parse_text(value: object) -> str:
@@ -102,7 +107,7 @@ def _parse_text(value: object) -> str:
 def _parse_whole_number(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
+    if isinstance(value, str) and re.fullmatch(rf"\s*[+-]?\d{{1,{MAX_DIGITS}}}\s*", value):
         return int(value)
     raise ValueError(f"must be a whole number, not {value!r}")
 
@@ -184,15 +189,32 @@ def from_file(path: str, options: Iterable[Option]) -> dict[str, Value]:
     return found
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may appear once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _DuplicateKeyError(f"{key} is written twice")
+        return super().construct_mapping(node, deep)
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
 def _read_mapping(path: str) -> dict[object, object]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path}: not UTF-8 text") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    except _DuplicateKeyError as error:
+        raise ValueError(f"--config {path}: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -1,4 +1,5 @@
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,16 @@ from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
 from server.cli import _parser, configure, main
 from server.config import ServerConfig
 from server.options import options_of, parse_size
+from server.signals import STOP_SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers() -> Iterator[None]:
+    """`main` is the whole of a process's life, and ends with signals ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def parse(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[EngineConfig, ServerConfig]:
@@ -71,8 +82,12 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
         ([], {}, "port: true", ["--port", "whole number"]),
         (["--port", "65536"], {}, "", ["--port", "65535", "command line"]),
         ([], {"RYZANSTEIN_DTYPE": "int3"}, "", ["--dtype", "float32", "RYZANSTEIN_DTYPE"]),
-        ([], {}, "tensor-parallel-size: 0", ["--tensor-parallel-size", "at least 1", "options.yaml"]),
+        ([], {}, "tensor-parallel-size: 0", ["--tensor-parallel-size", "not 0", "options.yaml"]),
         (["--kv-cache-memory", "4 potatoes"], {}, "", ["--kv-cache-memory", "4GiB", "command line"]),
+        (["--kv-cache-memory", "1e400"], {}, "", ["--kv-cache-memory", "2**63", "command line"]),
+        (["--kv-cache-memory", "9e18T"], {}, "", ["--kv-cache-memory", "2**63"]),
+        ([], {}, f"kv-cache-memory: {10**40}", ["--kv-cache-memory", "2**63", "options.yaml"]),
+        (["--port", "9" * 90], {}, "", ["--port", "65535"]),
         (["--kv-cache-memory", "1G", "--num-kv-blocks", "4"], {}, "", ["--num-kv-blocks", "--kv-cache-memory"]),
         ([], {"RYZANSTEIN_ACCESS_LOG": "maybe"}, "", ["--access-log", "true or false"]),
         (["--served-model-name", ""], {}, "", ["--served-model-name"]),
@@ -80,6 +95,8 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
         ([], {}, "model: 7", ["--model", "text", "options.yaml"]),
         ([], {}, "prot: 7", ["prot", "options.yaml"]),
         ([], {}, "max-model-len: 1\nmax_model_len: 2", ["twice"]),
+        ([], {}, "port: 1\nport: 2", ["port is written twice", "options.yaml"]),
+        ([], {}, "[" * 2000, ["options.yaml", "not YAML"]),
         ([], {}, "- port", ["options.yaml", "option: value"]),
         ([], {}, "a: [", ["options.yaml", "not YAML"]),
         (["--config", "/nowhere.yaml"], {}, None, ["/nowhere.yaml", "No such file"]),
@@ -112,6 +129,12 @@ def test_a_mistake_is_one_line_that_names_option_and_source_and_ends_in_2(
     assert all(word in lines[0] for word in named)
 
 
+@pytest.mark.parametrize("seed", [0, -5, 2**63 - 1, -(2**63), 2**64, 10**30])
+def test_any_whole_number_is_a_seed(seed: int, tmp_path: Path) -> None:
+    assert parse(f"--seed={seed}")[1].seed == seed
+    assert parse("--config", write(tmp_path, f"seed: {seed}"))[1].seed == seed
+
+
 def test_a_variable_that_no_option_reads_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     parse(environment={"RYZANSTEIN_PROT": "1", "RYZANSTEIN_PORT": "1", "HOME": "/"})
     assert capsys.readouterr().err == "ryzanstein: warning: no option reads RYZANSTEIN_PROT\n"
@@ -137,3 +160,12 @@ def test_a_model_is_named_after_its_directory_unless_told_otherwise() -> None:
     assert ServerConfig().model_name("/models/llama/") == "llama"
     assert ServerConfig().model_name(str(EMBEDDED_MODEL)) == "ryzanstein-embedded"
     assert ServerConfig(served_model_name="mine").model_name("/models/llama") == "mine"
+
+
+def test_a_model_behind_a_link_has_the_links_name(tmp_path: Path) -> None:
+    (tmp_path / "abc123").mkdir()
+    (tmp_path / "llama").symlink_to("abc123")
+    assert ServerConfig().model_name(str(tmp_path / "llama")) == "llama"
+    assert ServerConfig().model_name(str(tmp_path / "llama" / ".")) == "llama"
+    (tmp_path / "embedded").symlink_to(EMBEDDED_MODEL)
+    assert ServerConfig().model_name(str(tmp_path / "embedded")) == "ryzanstein-embedded"
