@@ -1,9 +1,9 @@
 """The command line: `ryzanstein serve [MODEL] [options]`."""
 
 import argparse
+import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from server.options import (
     options_of,
     unknown_variables,
 )
+from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 
 EXIT_STOPPED, EXIT_USER_ERROR = 0, 2
 SERVE_EPILOG = """\
@@ -49,8 +50,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    # Until the server has its own handlers, a signal unwinds the stack, so that whatever was started is ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_stop_signal(unwind)  # until the server waits for signals
     try:
         namespace = _parser().parse_args(arguments)
         engine, server = configure(namespace, os.environ)
@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"ryzanstein: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except StopRequested:
         return EXIT_STOPPED
+    finally:
+        ignore_stop_signals()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,16 +112,15 @@ def _serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Check what is cheap to check, start the engine, and import and build the server while it loads."""
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the banner says it better
-    with listen(server.host, server.port) as listener:
+    with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
         model_config = ModelConfig.from_directory(engine.model)
         model_config.check_tensor_parallel_size(engine.tensor_parallel_size)
-        ModelFiles.read(engine.model)
-        process = EngineProcess(engine)
-        try:
-            # FastAPI takes half a second to import, which the ranks use to import torch.
-            from server.run import run  # noqa: PLC0415
-            from server.service import TextModel  # noqa: PLC0415
+        files = ModelFiles.read(engine.model)
+        with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it
+            process = EngineProcess(engine)
+            ending.callback(process.stop)
+        # FastAPI takes half a second to import, which the ranks use to import torch.
+        from server.run import run  # noqa: PLC0415
+        from server.service import TextModel  # noqa: PLC0415
 
-            return run(listener, process, TextModel.load(engine, server, model_config), server)
-        finally:
-            process.stop()
+        return run(listener, process, TextModel.load(files, server, model_config), server)

@@ -1,6 +1,6 @@
 """One API request's sequences on their way: token outputs in, pieces of text out."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from engine.protocol.messages import FinishReason, Request, SamplingParams, TokenOutput
 from server.detokenizer import Detokenizer
 from server.engine_client import EngineClient
-from server.errors import engine_failed
+from server.errors import APIError, engine_failed
 from server.stop_strings import StopStrings
 from server.token_bytes import TokenBytes
 
@@ -23,6 +23,7 @@ class GenerationPlan:
     sampling: SamplingParams
     num_choices: int  # of each prompt
     stop: list[str]
+    arrival: float  # of the API request, by `time.perf_counter`
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Generation:
     def __init__(self, engine: EngineClient, token_bytes: TokenBytes, plan: GenerationPlan) -> None:
         self._engine = engine
         self._requests = _requests(plan)
+        self._arrival = plan.arrival
         self._open = {
             request.request_id: Choice(
                 index, Detokenizer(token_bytes, request.prompt_token_ids), StopStrings(plan.stop)
@@ -88,17 +90,33 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Submit the request and yield what arrived, until every choice has finished.
 
-        However this ends, what the engine has not finished then is aborted.
+        However this ends, what the engine has not finished then is aborted. What arrived before an error is yielded
+        before it is raised.
 
         Raises:
             APIError: when the engine takes no requests, or could not finish one.
         """
-        inbox = self._engine.submit(self._requests)
+        inbox = self._engine.submit(self._requests, self._arrival)
         try:
             while self._open:
-                yield [self._feed(output) for output in await inbox.take() if output.request_id in self._open]
+                deltas, error = self._feed_until_error(await inbox.take())
+                if deltas:
+                    yield deltas
+                if error is not None:
+                    raise error
         finally:
             self._engine.abort(self._open)
+
+    def _feed_until_error(self, outputs: Iterable[TokenOutput]) -> tuple[list[Delta], APIError | None]:
+        deltas: list[Delta] = []
+        for output in outputs:
+            if output.request_id not in self._open:
+                continue
+            try:
+                deltas.append(self._feed(output))
+            except APIError as error:
+                return deltas, error
+        return deltas, None
 
     def _feed(self, output: TokenOutput) -> Delta:
         delta = self._open[output.request_id].feed(output)

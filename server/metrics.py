@@ -11,7 +11,15 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.protocol.messages import GroupState, GroupStatus, HistogramDelta, RankStats, SchedulerStats, StatsReport
+from engine.protocol.messages import (
+    FinishReason,
+    GroupState,
+    GroupStatus,
+    HistogramDelta,
+    RankStats,
+    SchedulerStats,
+    StatsReport,
+)
 from engine.protocol.stats import TIME_BUCKETS
 
 FIRST_TOKEN_BUCKETS = (
@@ -20,9 +28,14 @@ FIRST_TOKEN_BUCKETS = (
 INTER_TOKEN_BUCKETS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
+QUEUE_BUCKETS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0,
+)  # fmt: skip
 REQUEST_BUCKETS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
 )  # fmt: skip
+ABORT = "abort"  # beside the engine's own reasons
+FINISH_REASONS = (*(reason.value for reason in FinishReason), ABORT)
 
 
 class _CollectiveTimes(Collector):
@@ -60,25 +73,31 @@ class Metrics:
         self._collectives = _CollectiveTimes()
         self.registry.register(self._collectives)
         self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
+            "time_to_first_token_seconds",
+            "From a request's arrival, before its text is tokenized, to a sequence's first token.",
+            FIRST_TOKEN_BUCKETS,
         )
         self.inter_token_latency = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of a sequence.", INTER_TOKEN_BUCKETS
         )
         self.e2e_latency = self._histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS
+            "e2e_request_latency_seconds",
+            "From a request's arrival, before its text is tokenized, to the end of a sequence by stop or length.",
+            REQUEST_BUCKETS,
         )
         self.queue_time = self._histogram(
-            "request_queue_time_seconds", "From arrival at the engine to the first step.", REQUEST_BUCKETS
+            "request_queue_time_seconds", "From arrival at the engine to the first step.", QUEUE_BUCKETS
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.finished = Counter(
             "ryzanstein_request_success",
-            "Sequences that ended, by reason: stop, length, abort, error.",
+            f"Sequences that ended, by reason: {', '.join(FINISH_REASONS)}.",
             ("finished_reason",),
             registry=self.registry,
         )
+        for reason in FINISH_REASONS:  # a rate needs the zero before the first end
+            self.finished.labels(reason)
         self._preemptions = self._counter("num_preemptions", "Sequences whose KV blocks were taken away for others.")
         self._steps = self._counter("engine_steps", "Steps of the engine.")
         self._checks = self._counter("integrity_checks", "Times the idle engine found its block bookkeeping whole.")

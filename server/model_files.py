@@ -1,11 +1,15 @@
 """The small files beside the weights that concern text: tokenizer, chat template, generation defaults."""
 
 import json
-import math
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from server.limits import INT64, MAX_TEMPERATURE
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -56,14 +60,19 @@ class ModelFiles:
                 found[name] = text
         return found
 
-    def end_of_text_ids(self) -> tuple[int, ...]:
-        """Return the ids that end a sequence; none where only the tokenizer may know one."""
-        for content in (self.generation, self.config):
-            ids = content.get("eos_token_id")
-            if isinstance(ids, int):
-                return (ids,)
-            if isinstance(ids, list) and ids:
-                return tuple(dict.fromkeys(ids))
+    def end_of_text_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Return the ids that end a sequence; none where only the tokenizer may know one.
+
+        Raises:
+            ValueError: naming the file, when its `eos_token_id` is neither an id nor a list of ids.
+        """
+        for name, content in (("generation_config.json", self.generation), ("config.json", self.config)):
+            ids = _token_ids(content.get("eos_token_id"), f"{self.directory / name}: eos_token_id")
+            unknown = [token_id for token_id in ids if token_id >= vocab_size]
+            if unknown:  # some published models have such ids, which do no harm: they are never sampled
+                logger.warning("%s: eos_token_id: without effect, not in the vocabulary: %s", name, unknown)
+            if len(unknown) < len(ids):
+                return tuple(dict.fromkeys(token_id for token_id in ids if token_id < vocab_size))
         return ()
 
     def ignored_defaults(self) -> list[str]:
@@ -75,9 +84,9 @@ class ModelFiles:
     def sampling_defaults(self) -> SamplingDefaults:
         """Return the generation config's sampling values."""
         return SamplingDefaults(
-            temperature=self._number("temperature", 1.0, 0.0, math.inf),
+            temperature=self._number("temperature", 1.0, 0.0, MAX_TEMPERATURE),
             top_p=self._number("top_p", 1.0, 0.0, 1.0),
-            top_k=max(0, int(self._number("top_k", 0, -1, math.inf))),
+            top_k=max(0, self._whole_number("top_k", 0, -1, INT64 - 1)),
             min_p=self._number("min_p", 0.0, 0.0, 1.0),
         )
 
@@ -86,8 +95,21 @@ class ModelFiles:
         if value is None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{self.directory / 'generation_config.json'}: {name} cannot be {value!r}")
+            raise self._wrong(name, value)
+        return float(value)
+
+    def _whole_number(self, name: str, default: int, low: int, high: int) -> int:
+        value = self.generation.get(name)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise self._wrong(name, value)
         return value
+
+    def _wrong(self, name: str, value: object) -> ValueError:
+        return ValueError(f"{self.directory / 'generation_config.json'}: {name} cannot be {value!r}")
 
     def chat_template(self, override: str | None) -> str | None:
         """Return the template's source: from file `override`, the model's `chat_template.jinja`, or its config."""
@@ -103,12 +125,19 @@ class ModelFiles:
         return template if isinstance(template, str) else None
 
 
+def _token_ids(value: object, name: str) -> list[int]:
+    ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"{name} must be a token id or a list of token ids, not {value!r}")
+    return ids
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object")

@@ -3,15 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from random import Random, SystemRandom
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
 from server.api.requests import GenerationRequest
 from server.chat_template import ChatTemplate
@@ -22,11 +21,13 @@ from server.generation import Generation, GenerationPlan
 from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
+from server.threads import in_daemon_thread
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 MAX_SEQUENCES = 1024  # of one API request
+MAX_LONG_ENCODES = 2  # at once
 LONG_TEXT = 20_000  # characters that take some 10 ms to tokenize: too long to let every stream wait
 
 
@@ -44,26 +45,26 @@ class TextModel:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def load(cls, engine: EngineConfig, server: ServerConfig, model: ModelConfig) -> "TextModel":
-        """Read the model directory.
+    def load(cls, files: ModelFiles, server: ServerConfig, model: ModelConfig) -> "TextModel":
+        """Read what `files` has not yet read of the model directory.
 
         Raises:
             ValueError: naming the file that cannot be used.
         """
-        files = ModelFiles.read(engine.model)
         if files.ignored_defaults():
             logger.warning("generation_config.json: without effect: %s", ", ".join(files.ignored_defaults()))
-        tokenizer = Tokenizer(Path(engine.model))
+        tokenizer = Tokenizer(files.directory)
         special_tokens = files.special_tokens()
         source = files.chat_template(server.chat_template)
         return cls(
-            name=server.model_name(engine.model),
+            name=server.model_name(str(files.directory)),
             vocab_size=model.vocab_size,
             tokenizer=tokenizer,
             chat_template=None if source is None else ChatTemplate(source, special_tokens),
             sampling_defaults=files.sampling_defaults(),
-            stop_token_ids=files.end_of_text_ids() or _end_of_text_id(tokenizer, special_tokens.get("eos_token")),
-            seeds=SystemRandom() if server.seed is None else Random(server.seed),
+            stop_token_ids=files.end_of_text_ids(model.vocab_size)
+            or _end_of_text_id(tokenizer, special_tokens.get("eos_token")),
+            seeds=SystemRandom() if server.seed is None else Random(server.seed % 2**64),  # Random takes -5 for 5
         )
 
 
@@ -73,12 +74,21 @@ def _end_of_text_id(tokenizer: Tokenizer, token: str | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Prompts' token ids, and the field of the API request that they came from."""
+
+    field: str
+    ids: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Service:
     """The model, and the engine that runs it."""
 
     model: TextModel
     engine: EngineClient
     metrics: Metrics
+    encoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_ENCODES))
 
     @property
     def max_model_len(self) -> int:
@@ -91,51 +101,61 @@ class Service:
             message = f"The model {name!r} does not exist; {self.model.name!r} is served here."
             raise APIError(message, status=404, param="model", code="model_not_found")
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Return each text's token ids."""
+    async def encode(self, param: str, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return each text's token ids.
 
-        def encode_all() -> list[list[int]]:
-            return [self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        Raises:
+            APIError: naming the field `param`, when a text is too long whatever its tokens are.
+            APIError: (503) when the service ends meanwhile.
+        """
+        tokenizer = self.model.tokenizer
+        least = max(map(tokenizer.least_tokens, texts))
+        if least >= self.max_model_len:
+            raise _too_long(f"the prompt has at least {least} tokens, which leaves no room in it", self, param)
+        if sum(map(len, texts)) <= LONG_TEXT:
+            return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        work = partial(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
+        return await self.engine.unless_closed(self._encode_aside(work))
 
-        if sum(map(len, texts)) > LONG_TEXT:
-            return await asyncio.to_thread(encode_all)
-        return encode_all()
+    async def _encode_aside(self, work: Callable[[], list[list[int]]]) -> list[list[int]]:
+        async with self.encoding:
+            return await in_daemon_thread(work)
 
     def generation(
         self,
         body: GenerationRequest,
         response_id: str,
-        prompts: list[list[int]],
-        prompt_field: str,
+        prompts: Prompts,
         max_tokens: int | None,
+        arrival: float,
     ) -> Generation:
         """Return the generation that `body` asks for, not yet submitted.
 
         Args:
             body: the API request.
             response_id: its id.
-            prompts: its prompts' token ids.
-            prompt_field: the field that they came from.
+            prompts: its prompts.
             max_tokens: how many tokens to generate where the request does not say; None: as many as fit.
+            arrival: when it came, by `time.perf_counter`.
 
         Raises:
             APIError: naming the field, when the request cannot be served.
         """
         num_choices = body.n or 1
-        if len(prompts) * num_choices > MAX_SEQUENCES:
-            message = (
-                f"n times the number of prompts is {len(prompts) * num_choices}; at most {MAX_SEQUENCES} are allowed."
-            )
+        num_sequences = len(prompts.ids) * num_choices
+        if num_sequences > MAX_SEQUENCES:
+            message = f"n: times the number of prompts it is {num_sequences}; at most {MAX_SEQUENCES} are allowed."
             raise APIError(message, param="n", code="invalid_value")
-        self._check_ids(prompts, prompt_field)
-        limit = self._token_limit(body, max(map(len, prompts)), prompt_field, max_tokens)
+        self._check_ids(prompts)
+        limit = self._token_limit(body, max(map(len, prompts.ids)), prompts.field, max_tokens)
         model = self.model
         sampling = sampling_params(body, model.sampling_defaults, model.stop_token_ids, limit, model.seeds)
-        plan = GenerationPlan(response_id, prompts, sampling, num_choices, body.stop)
+        plan = GenerationPlan(response_id, prompts.ids, sampling, num_choices, body.stop, arrival)
         return Generation(self.engine, self.model.tokenizer.token_bytes, plan)
 
-    def _check_ids(self, prompts: Sequence[Sequence[int]], param: str) -> None:
-        for prompt in prompts:
+    def _check_ids(self, prompts: Prompts) -> None:
+        param = prompts.field
+        for prompt in prompts.ids:
             if not prompt:
                 raise APIError(f"{param}: has no tokens.", param=param, code="invalid_value")
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)

@@ -1,24 +1,37 @@
 """Text → token ids, with the library that reads `tokenizer.json`, and the way back for `server.detokenizer`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import tokenizers
 
-from server.token_bytes import TokenBytes
+from server.token_bytes import TokenBytes, byte_level_alphabet
 
 
 class _AddedToken(msgspec.Struct):
     id: int
     special: bool = False
+    lstrip: bool = False  # takes the spaces before it along
+    rstrip: bool = False
 
 
 class _TokenizerFile(msgspec.Struct):
-    """The two sections of `tokenizer.json` that say how text is put together again."""
+    """What `tokenizer.json` says of how text is taken apart and put together again."""
 
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     added_tokens: list[_AddedToken] = []
+
+    def keeps_every_byte(self) -> bool:
+        """Return whether the tokens of any text certainly spell at least all of its bytes."""
+        if self.normalizer is not None or any(token.lstrip or token.rstrip for token in self.added_tokens):
+            return False
+        steps = (self.pre_tokenizer or {}).get("pretokenizers", [self.pre_tokenizer or {}])
+        kinds = [step.get("type") for step in steps if step.get("behavior") != "Removed"]
+        return "ByteLevel" in kinds and len(kinds) == len(steps) and {"ByteLevel", "Split", "Digits"}.issuperset(kinds)
 
 
 class Tokenizer:
@@ -36,6 +49,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: cannot be read: {error}") from error
+        self._longest = _longest_token(self._tokenizer) if parts.keeps_every_byte() else None
         # Left-overs of training: a prompt must be neither cut nor filled up.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -49,6 +63,26 @@ class Tokenizer:
         """Return the ids of `text`, with the tokenizer's own frame (begin of text) if asked for."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return each text's ids as `encode` does, but let Python's other threads go on meanwhile.
+
+        The library does this in threads of its own, so that even a short text waits until one of them is free.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` certainly has, found without tokenizing it."""
+        return 0 if self._longest is None else -(-len(text.encode()) // self._longest)
+
     def id_of(self, token: str) -> int | None:
         """Return a token's id."""
         return self._tokenizer.token_to_id(token)
+
+
+def _longest_token(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """Return the bytes of the longest token of a byte-level vocabulary; None where it lacks a byte."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary.keys() >= byte_level_alphabet().keys():
+        return None
+    return max(len(token.encode()) for token in vocabulary)  # no less than what it spells

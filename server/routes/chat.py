@@ -13,22 +13,27 @@ from server.api.responses import AssistantMessage, ChatChoice, ChatCompletionRes
 from server.chat_template import ChatTemplateError
 from server.errors import APIError
 from server.routes.documentation import GENERATION_RESPONSES
-from server.service import Service, ServiceOf
+from server.service import Prompts, Service, ServiceOf
 from server.streaming import EventStream, collect, events_of, usage_of
 
 router = APIRouter()
 
 
 @router.post(
-    "/v1/chat/completions", response_model=ChatCompletionResponse, responses=GENERATION_RESPONSES, tags=["generation"]
+    "/v1/chat/completions",
+    response_model=ChatCompletionResponse,
+    responses=GENERATION_RESPONSES,
+    tags=["generation"],
+    summary="Answer a conversation",
 )
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, service: ServiceOf) -> Any:
-    """Answer a conversation."""
+    """Return the assistant's next message, whole or as a stream."""
+    arrival = time.perf_counter()
     service.engine.require_ready()
     service.check_model(body.model)
-    prompts = await service.encode([_prompt(body, service)], add_special_tokens=False)
+    ids = await service.encode("messages", [_prompt(body, service)], add_special_tokens=False)
     response_id = f"chatcmpl-{uuid.uuid4().hex}"
-    generation = service.generation(body, response_id, prompts, "messages", None)
+    generation = service.generation(body, response_id, Prompts("messages", ids), None, arrival)
     if body.stream:
         chunks = ChatChunks(response_id, service.model.name, body.include_usage)
         return EventStream(events_of(generation, chunks, body.include_usage))

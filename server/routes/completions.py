@@ -11,7 +11,7 @@ from server.api.chunks import CompletionChunks
 from server.api.requests import CompletionRequest
 from server.api.responses import CompletionChoice, CompletionResponse, Usage
 from server.routes.documentation import GENERATION_RESPONSES
-from server.service import Service, ServiceOf
+from server.service import Prompts, Service, ServiceOf
 from server.streaming import EventStream, collect, events_of, usage_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -19,14 +19,21 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=GENERATION_RESPONSES, tags=["generation"])
+@router.post(
+    "/v1/completions",
+    response_model=CompletionResponse,
+    responses=GENERATION_RESPONSES,
+    tags=["generation"],
+    summary="Continue a text",
+)
 async def create_completion(body: CompletionRequest, request: Request, service: ServiceOf) -> Any:
-    """Continue a text."""
+    """Return the text that follows each prompt, whole or as a stream."""
+    arrival = time.perf_counter()
     service.engine.require_ready()
     service.check_model(body.model)
-    prompts = await _prompt_ids(body, service)
+    prompts = Prompts("prompt", await _prompt_ids(body, service))
     response_id = f"cmpl-{uuid.uuid4().hex}"
-    generation = service.generation(body, response_id, prompts, "prompt", DEFAULT_MAX_TOKENS)
+    generation = service.generation(body, response_id, prompts, DEFAULT_MAX_TOKENS, arrival)
     if body.stream:
         chunks = CompletionChunks(response_id, service.model.name, body.include_usage)
         return EventStream(events_of(generation, chunks, body.include_usage))
@@ -46,5 +53,5 @@ async def _prompt_ids(body: CompletionRequest, service: Service) -> list[list[in
     """Return the prompts' ids; texts are framed as the tokenizer does, ids are taken as they are."""
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     if texts:
-        return await service.encode(texts, add_special_tokens=True)
+        return await service.encode("prompt", texts, add_special_tokens=True)
     return [prompt for prompt in body.prompt if isinstance(prompt, list)]

@@ -14,13 +14,15 @@ VERSION = version("ryzanstein")
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Requests are not taken."}}
 
 
-@router.get("/health")
+@router.head("/health", include_in_schema=False)
+@router.get("/health", summary="Is the process alive?")
 async def health() -> Health:
     """Say that the process is alive."""
     return Health()
 
 
-@router.get("/ready", responses=NOT_READY)
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", responses=NOT_READY, summary="Are requests taken?")
 async def ready(service: ServiceOf, response: Response) -> Readiness:
     """Say whether requests are taken, and which ranks serve them."""
     status = service.engine.status
@@ -29,13 +31,13 @@ async def ready(service: ServiceOf, response: Response) -> Readiness:
     return Readiness(state=status.state.value, epoch=status.epoch, ranks=ranks, error=status.error or None)
 
 
-@router.get("/version")
+@router.get("/version", summary="Version of the service")
 async def get_version() -> Version:
     """Return the version of this program."""
     return Version(version=VERSION)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
 async def metrics(request: Request, service: ServiceOf) -> Response:
     """Return the metrics for Prometheus."""
     body, content_type = service.metrics.render(request.headers.get("accept", ""))

@@ -14,13 +14,13 @@ def _card(service: Service) -> ModelCard:
     return ModelCard(id=service.model.name, created=service.model.created, max_model_len=length)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", summary="List the models")
 async def list_models(service: ServiceOf) -> ModelList:
     """List the served model."""
     return ModelList(data=[_card(service)])
 
 
-@router.get("/v1/models/{name:path}", responses=NOT_FOUND)
+@router.get("/v1/models/{name:path}", responses=NOT_FOUND, summary="Describe a model")
 async def retrieve_model(name: str, service: ServiceOf) -> ModelCard:
     """Describe one model."""
     service.check_model(name)

@@ -17,7 +17,6 @@ import zmq.asyncio
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from engine.protocol.channel import AsyncChannel
-from engine.protocol.config import EngineConfig
 from engine.protocol.messages import (
     FinishReason,
     GroupState,
@@ -35,6 +34,7 @@ from server.config import ServerConfig
 from server.engine_client import EngineClient
 from server.listener import listen
 from server.metrics import Metrics
+from server.model_files import ModelFiles
 from server.service import Service, TextModel
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -216,8 +216,8 @@ class RunningServer:
         context = zmq.asyncio.Context()
         metrics = Metrics()
         self.client = EngineClient(context, metrics)
-        engine_config, server_config = EngineConfig(model=str(self._model)), ServerConfig(served_model_name="scripted")
-        text_model = TextModel.load(engine_config, server_config, ModelConfig.from_directory(self._model))
+        files, config = ModelFiles.read(str(self._model)), ServerConfig(served_model_name="scripted")
+        text_model = TextModel.load(files, config, ModelConfig.from_directory(self._model))
         app = create_app(Service(text_model, self.client, metrics))
         self._http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:

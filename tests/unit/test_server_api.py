@@ -6,15 +6,19 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import AddedToken
 
-from engine.protocol.messages import HistogramDelta, RankStats, SchedulerStats, StatsReport
+from engine.protocol.messages import GroupState, GroupStatus, HistogramDelta, RankStats, SchedulerStats, StatsReport
 from engine.protocol.stats import TIME_BUCKETS
+from server.chat_template import ChatTemplate
 from tests.unit.server_support import (
     EOS,
     MAX_MODEL_LEN,
@@ -28,9 +32,11 @@ from tests.unit.server_support import (
     write_model,
 )
 
+LATENCY = "e2e_request_latency_seconds"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 TOKENIZER = byte_level_tokenizer()
+LONG_PROMPT = "ab 1\n" * 500_000  # 2.5 MB, some seconds to tokenize
 
 
 @pytest.fixture(scope="module")
@@ -378,9 +384,14 @@ COMPLETION_ERRORS: list[tuple[str, dict[str, Any]]] = [
     ("stream_options", {"stream_options": {"include_usage": True}}),
     ("stream_options", {"stream_options": 7, "stream": True}),
     ("stream_options.foo", {"stream_options": {"foo": 1}, "stream": True}),
+    ("stop[0]", {"stop": "\ud800"}),
     ("user", {"user": 7}),
+    ("user", {"user": "\udfff"}),
     ("model", {"model": 7}),
+    ("model", {"model": "\ud800"}),
     ("foo", {"foo": 1}),
+    ("a\\ud800", {"a\ud800": 1}),
+    ("stream_options.\\ud800", {"stream_options": {"\ud800": 1}, "stream": True}),
     ("echo", {"echo": True}),
     ("echo", {"echo": 0}),
     ("logprobs", {"logprobs": 0}),
@@ -409,6 +420,10 @@ CHAT_ERRORS: list[tuple[str, dict[str, Any]]] = [
     ("messages[0].content", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}),
     ("messages[0].content", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}),
     ("messages[0].tool_calls", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}),
+    ("messages[0].name", {"messages": [{"role": "user", "content": "x", "name": "\ud800"}]}),
+    ("messages[0].\\ud800", {"messages": [{"role": "user", "content": "x", "\ud800": 1}]}),
+    ("safety_identifier", {"safety_identifier": "\ud800"}),
+    ("prompt_cache_key", {"prompt_cache_key": "\ud800"}),
     ("messages[0].foo", {"messages": [{"role": "user", "content": "x", "foo": 1}]}),
     ("messages", {"messages": [{"role": "user", "content": "x" * 5000}]}),
     ("max_tokens", {"max_tokens": 10_000}),
@@ -446,20 +461,33 @@ def refusal(server: RunningServer, path: str, body: bytes) -> dict[str, Any]:
     return error
 
 
+def names(error: dict[str, Any], param: str) -> bool:
+    """Return whether the message is about `param` and no other field."""
+    starts = {
+        "context_length_exceeded": f"This model's maximum context length is {MAX_MODEL_LEN} tokens; ",
+        "unknown_parameter": f"Unrecognized request argument supplied: {param}.",
+        "missing_required_parameter": f"Missing required parameter: {param}.",
+    }
+    message: str = error["message"]
+    return message.startswith(starts.get(error["code"], f"{param}: "))
+
+
 @pytest.mark.parametrize(("param", "changed"), COMPLETION_ERRORS)
 def test_a_bad_completion_request_gets_a_400_that_names_the_field(
     idle_server: RunningServer, param: str, changed: dict[str, Any]
 ) -> None:
     error = refusal(idle_server, COMPLETIONS, body_of({"prompt": "x"}, changed))
     assert error["param"] == param
-    assert param in error["message"] or error["code"] == "context_length_exceeded"
+    assert names(error, param)
 
 
 @pytest.mark.parametrize(("param", "changed"), CHAT_ERRORS)
 def test_a_bad_chat_request_gets_a_400_that_names_the_field(
     idle_server: RunningServer, param: str, changed: dict[str, Any]
 ) -> None:
-    assert refusal(idle_server, CHAT, body_of({"messages": MESSAGES}, changed))["param"] == param
+    error = refusal(idle_server, CHAT, body_of({"messages": MESSAGES}, changed))
+    assert error["param"] == param
+    assert names(error, param)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +495,59 @@ def test_a_bad_chat_request_gets_a_400_that_names_the_field(
 )
 def test_a_body_that_is_no_json_object_gets_a_400(idle_server: RunningServer, body: bytes) -> None:
     refusal(idle_server, COMPLETIONS, body)
+
+
+def test_a_key_that_is_no_text_is_said_to_be_unknown(idle_server: RunningServer) -> None:
+    error = refusal(idle_server, COMPLETIONS, b'{"prompt": "x", "a\\ud800": 1}')
+    assert error["code"] == "unknown_parameter"
+    assert error["message"] == "Unrecognized request argument supplied: a\\ud800."
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(idle_server: RunningServer) -> None:
+    for path, body in (
+        (COMPLETIONS, {"prompt": ["x", LONG_PROMPT]}),
+        (CHAT, {"messages": [{"role": "user", "content": LONG_PROMPT}]}),
+    ):
+        error = refusal(idle_server, path, json.dumps(body).encode())
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == next(iter(body))
+        assert "the prompt has at least" in error["message"]
+
+
+@pytest.fixture
+def slow_tokenizer_server(tmp_path: Path) -> Iterator[RunningServer]:
+    """Has to tokenize a text to know how long it is."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # may stand for any number of spaces
+    with running_server(write_model(tmp_path, tokenizer)) as server:
+        yield server
+
+
+def test_other_requests_are_answered_while_a_large_prompt_is_tokenized(slow_tokenizer_server: RunningServer) -> None:
+    server, waits = slow_tokenizer_server, []
+    with ThreadPoolExecutor(1) as pool, httpx.Client() as client:
+        large = pool.submit(post, server, COMPLETIONS, {"prompt": LONG_PROMPT})
+        while not large.done():
+            begin = time.monotonic()
+            client.get(f"{server.url}/health").raise_for_status()
+            waits.append(time.monotonic() - begin)
+            time.sleep(0.05)
+        error = large.result().json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "at least" not in error["message"]
+    assert len(waits) > 10
+    assert max(waits) < 1
+
+
+def test_a_prompt_being_tokenized_gets_503_when_the_service_ends(slow_tokenizer_server: RunningServer) -> None:
+    server = slow_tokenizer_server
+    with ThreadPoolExecutor(3) as pool:
+        large = [pool.submit(post, server, COMPLETIONS, {"prompt": LONG_PROMPT}) for _ in range(3)]
+        time.sleep(0.5)
+        server.fail("The server is shutting down.")
+        answers = [future.result() for future in large]
+    assert [answer.status_code for answer in answers] == [503] * 3
+    assert {answer.json()["error"]["message"] for answer in answers} == {"The server is shutting down."}
 
 
 def test_a_context_too_long_is_refused_with_the_numbers(idle_server: RunningServer) -> None:
@@ -527,6 +608,60 @@ def test_readiness_shows_the_ranks(idle_server: RunningServer) -> None:
     }
 
 
+def test_readiness_shows_why_the_engine_failed(model: Path) -> None:
+    with running_server(model, ready=False) as server:
+        status = GroupStatus(epoch=1, state=GroupState.FAILED, error="rank 0 was killed by SIGKILL")
+        server.call(lambda: server.client.set_status(status))
+        response = httpx.get(f"{server.url}/ready")
+        assert response.status_code == 503
+        assert response.json() == {"state": "FAILED", "epoch": 1, "ranks": [], "error": "rank 0 was killed by SIGKILL"}
+        assert post(server, COMPLETIONS, {"prompt": "x"}).status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(("is_ready", "status"), [(True, 200), (False, 503)])
+def test_health_and_readiness_answer_head_without_a_body(model: Path, is_ready: bool, status: int) -> None:
+    with running_server(model, ready=is_ready) as server:
+        health, ready = httpx.head(f"{server.url}/health"), httpx.head(f"{server.url}/ready")
+    assert (health.status_code, ready.status_code) == (200, status)
+    assert health.content == ready.content == b""
+
+
+def raw_exchange(server: RunningServer, sent: bytes) -> bytes:
+    """Send bytes over one connection; return what comes until the server closes it."""
+    host, port = server.url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+def test_a_chunked_body_is_put_together(server: RunningServer) -> None:
+    body = json.dumps({"prompt": [5, 6], "max_tokens": 3}).encode()
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:7], body[7:8], body[8:]))
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    answer = raw_exchange(server, head.encode() + b"transfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert server.engine.requests[0].prompt_token_ids == [5, 6]
+
+
+def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
+    def request(content: bytes, connection: bytes) -> bytes:
+        return (
+            b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: %s\r\n"
+            b"content-length: %d\r\n\r\n%s" % (COMPLETIONS.encode(), connection, len(content), content)
+        )
+
+    server.engine.script = lambda sent: "abc"[sent.prompt_token_ids[0] - 5]
+    bodies = [json.dumps({"prompt": [token], "stream": token == 6}).encode() for token in (5, 6, 7)]
+    pipeline = b"".join(map(request, bodies, (b"keep-alive", b"keep-alive", b"close")))
+    answer = raw_exchange(server, pipeline)
+    assert answer.count(b"HTTP/1.1 200") == 3
+    assert re.findall(rb'"text":"([abc])"', answer) == [b"a", b"b", b"c"]
+
+
 def test_version_docs_and_schema_are_served(idle_server: RunningServer) -> None:
     assert "version" in httpx.get(f"{idle_server.url}/version").json()
     page = httpx.get(f"{idle_server.url}/docs").text
@@ -540,6 +675,21 @@ def test_version_docs_and_schema_are_served(idle_server: RunningServer) -> None:
     assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     prompt = schema["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert [item["type"] for item in prompt["anyOf"]] == ["string", "array", "array", "array"]
+
+
+def test_operations_have_readable_summaries(idle_server: RunningServer) -> None:
+    paths = httpx.get(f"{idle_server.url}/openapi.json").json()["paths"]
+    summaries = {path: operation["summary"] for path, methods in paths.items() for operation in methods.values()}
+    assert summaries == {
+        COMPLETIONS: "Continue a text",
+        CHAT: "Answer a conversation",
+        "/v1/models": "List the models",
+        "/v1/models/{name}": "Describe a model",
+        "/health": "Is the process alive?",
+        "/ready": "Are requests taken?",
+        "/version": "Version of the service",
+        "/metrics": "Metrics for Prometheus",
+    }
 
 
 def test_request_ids_come_back_or_are_made(idle_server: RunningServer) -> None:
@@ -568,6 +718,59 @@ def test_latencies_and_tokens_are_counted(server: RunningServer) -> None:
     assert metric(server, "generation_tokens_total") == 11
     assert metric(server, "e2e_request_latency_seconds_count") == 3
     assert metric(server, "request_queue_time_seconds_sum") == pytest.approx(0.003)
+
+
+def test_ends_are_counted_from_zero(idle_server: RunningServer) -> None:
+    for reason in ("stop", "length", "abort", "error"):
+        assert metric(idle_server, f'request_success_total{{finished_reason="{reason}"}}') == 0
+
+
+def test_short_waits_in_the_queue_are_told_apart(server: RunningServer) -> None:
+    post(server, COMPLETIONS, {"prompt": [5]})  # waits 1 ms
+    assert metric(server, 'request_queue_time_seconds_bucket{le="0.0005"}') == 0
+    assert metric(server, 'request_queue_time_seconds_bucket{le="0.001"}') == 1
+
+
+def test_whole_latencies_are_those_of_sequences_that_came_to_their_end(server: RunningServer) -> None:
+    post(server, COMPLETIONS, {"prompt": [5], "max_tokens": 2, "ignore_eos": True})
+    post(server, COMPLETIONS, {"prompt": [5], "stop": "choice"})
+    assert metric(server, "e2e_request_latency_seconds_count") == 2
+    server.engine.fails_after = 1
+    post(server, COMPLETIONS, {"prompt": [5]})
+    assert metric(server, 'request_success_total{finished_reason="error"}') == 1
+    assert metric(server, "e2e_request_latency_seconds_count") == 2
+
+
+def test_latencies_include_what_comes_before_the_engine(tmp_path: Path) -> None:
+    model = write_model(tmp_path)
+    loops = "{% for _ in range(99999) %}{% for _ in range(30) %}{% endfor %}{% endfor %}hello"
+    (model / "chat_template.jinja").write_text(loops)
+    with running_server(model) as server:
+        begin = time.perf_counter()
+        ChatTemplate(loops, {}).render([])
+        slow = time.perf_counter() - begin
+        post(server, CHAT, {"messages": MESSAGES}).raise_for_status()
+        first, whole = (metric(server, f"{name}_sum") for name in ("time_to_first_token_seconds", LATENCY))
+    assert slow > 0.1
+    assert first is not None
+    assert whole is not None
+    assert whole >= first > slow / 3
+
+
+def test_prometheus_can_read_the_metrics(server: RunningServer) -> None:
+    post(server, COMPLETIONS, {"prompt": [5, 6], "max_tokens": 4, "ignore_eos": True})
+    response = httpx.get(f"{server.url}/metrics", headers={"accept": "text/plain"})
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert families["ryzanstein_generation_tokens"].type == "counter"
+    assert families["ryzanstein_num_requests_running"].type == "gauge"
+    latency = families[f"ryzanstein_{LATENCY}"]
+    assert latency.type == "histogram"
+    assert "before its text is tokenized" in latency.documentation
+    assert [sample.value for sample in latency.samples if sample.name.endswith("_count")] == [1]
+    for family in families.values():
+        assert family.name.startswith("ryzanstein_")
+        assert family.documentation
+        assert family.type != "unknown"
 
 
 def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:

@@ -16,7 +16,7 @@ async def client_of_a_rank_that_sends(payload: bytes, tmp_path: Path) -> tuple[s
     rank.bind(endpoint)
     client = EngineClient(context, Metrics())
     client.connect(GroupStatus(epoch=1, state=GroupState.READY, engine_endpoint=endpoint))
-    inbox = client.submit([Request("a", [1], SamplingParams(max_tokens=1))])
+    inbox = client.submit([Request("a", [1], SamplingParams(max_tokens=1))], arrival=0.0)
     await rank.recv()
     await rank.send(payload)
     reason = await asyncio.wait_for(client.until_broken(), 10)

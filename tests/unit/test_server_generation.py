@@ -1,0 +1,50 @@
+import asyncio
+import time
+from pathlib import Path
+
+import zmq.asyncio
+
+from engine.protocol.channel import AsyncChannel
+from engine.protocol.messages import FinishReason, RequestBatch, SamplingParams, TokenBatch, TokenOutput
+from server.engine_client import EngineClient
+from server.errors import APIError
+from server.generation import Generation, GenerationPlan
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer
+from tests.unit.server_support import byte_level_tokenizer, ready_status
+
+
+async def texts_before_an_error(tokenizer: Tokenizer, folder: Path) -> tuple[list[str], str]:
+    """Return the texts of a request whose tokens arrive together with its error, and that error."""
+    context = zmq.asyncio.Context()
+    rank = AsyncChannel(context, 1, RequestBatch)
+    client = EngineClient(context, Metrics())
+    client.connect(ready_status(rank.bind(f"ipc://{folder}/engine")))
+    plan = GenerationPlan("r", [[5]], SamplingParams(max_tokens=9), 2, [], time.perf_counter())
+    texts: list[str] = []
+    message = ""
+    ids = tokenizer.encode("abc", add_special_tokens=False)
+    failure = TokenOutput("r-0", [], FinishReason.ERROR, "scripted failure")
+    outputs = [TokenOutput("r-0", ids), TokenOutput("r-1", ids), failure]
+
+    async def answer() -> None:
+        await rank.receive()
+        await rank.send(TokenBatch(epoch=1, step=0, outputs=outputs))
+
+    answering = asyncio.create_task(answer())
+    try:
+        async for deltas in Generation(client, tokenizer.token_bytes, plan).deltas():
+            texts += [delta.text for delta in deltas]
+    except APIError as error:
+        message = error.message
+    await answering
+    await client.close("done")
+    rank.close()
+    context.destroy(linger=0)
+    return texts, message
+
+
+def test_text_that_arrives_with_an_error_comes_before_it(tmp_path: Path) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    result = asyncio.run(asyncio.wait_for(texts_before_an_error(Tokenizer(tmp_path), tmp_path), 10))
+    assert result == (["abc", "abc"], "scripted failure")
