@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from engine.protocol.config import EMBEDDED_MODEL
 from tests.leftovers import Leftovers
@@ -141,6 +143,63 @@ def test_a_signal_while_loading_ends_everything(leftovers: Leftovers) -> None:
     process.terminate()
     assert process.wait(20) == 0
     leftovers.check(processes)
+
+
+def send_stop_signals(process: "subprocess.Popen[Any]") -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.05)
+
+
+def test_impatient_signals_do_not_change_the_exit_code(leftovers: Leftovers) -> None:
+    with ServiceProcess("--tensor-parallel-size", "2", environment=leftovers.environment) as service:
+        processes = service.descendants()
+        send_stop_signals(service.process)
+        assert service.process.wait(20) == 0
+        leftovers.check(processes)
+    assert "Traceback" not in service.stderr
+
+
+def test_impatient_signals_while_loading_do_not_change_the_exit_code(leftovers: Leftovers) -> None:
+    environment = {**os.environ, **leftovers.environment}
+    with subprocess.Popen([*SERVE, "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 1, 60)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        send_stop_signals(process)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert errors == ""
+    leftovers.check(processes)
+
+
+def test_prompts_being_tokenized_do_not_delay_the_end(tmp_path: Path, leftovers: Leftovers) -> None:
+    directory = copy_of_the_embedded_model(tmp_path)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.NFC()  # so that only the tokens tell a text's length
+    tokenizer.save(str(directory / "tokenizer.json"))
+    body = {"prompt": "ab 1\n" * 1_000_000}
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{service.url}/v1/completions", json=body, timeout=60))
+
+    with ServiceProcess(str(directory), environment=leftovers.environment) as service:
+        processes = service.descendants()
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        assert httpx.get(f"{service.url}/health").status_code == 200
+        assert answers == []
+        started = time.monotonic()
+        service.process.terminate()
+        assert service.process.wait(20) == 0
+        assert time.monotonic() - started < 5
+        leftovers.check(processes)
+        for thread in threads:
+            thread.join(10)
+    assert [answer.status_code for answer in answers] == [503] * len(threads)
+    assert "Traceback" not in service.stderr
 
 
 def test_a_killed_server_takes_its_ranks_and_its_folder_along(leftovers: Leftovers) -> None:
