@@ -1,24 +1,30 @@
 """Which device a rank computes on, in which type, with how many threads."""
 
+import logging
 import os
 
 import torch
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
+from engine.worker.host import num_cpus
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(engine: EngineConfig, local_rank: int) -> torch.device:
     """Return this rank's device.
 
+    `auto` is CUDA where each rank on this host has a CUDA device of its own, and the CPU otherwise.
+
     Raises:
         ValueError: naming the option, if CUDA is asked for and not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if engine.device == "cpu" or (engine.device == "auto" and count < engine.tensor_parallel_size):
+    if engine.device == "cpu" or (engine.device == "auto" and not _is_one_each(count, _ranks_on_host(engine))):
         return torch.device("cpu")
     if local_rank >= count:
-        raise ValueError(f"--device cuda: rank needs CUDA device {local_rank}, and {count} are visible")
+        raise ValueError(f"--device {engine.device}: rank needs CUDA device {local_rank}, and {count} are visible")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -31,6 +37,23 @@ def choose_dtype(engine: EngineConfig, config: ModelConfig) -> torch.dtype:
 
 
 def set_threads(ranks_on_host: int) -> None:
-    """Share the host's cores between its ranks, unless OMP_NUM_THREADS says otherwise."""
+    """Share the cores that this host or container gives between its ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        torch.set_num_threads(max(1, num_cpus() // ranks_on_host))
+
+
+def _ranks_on_host(engine: EngineConfig) -> int:
+    """Return how many ranks run here, as torchrun and our own launcher say; alone, all of them do."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE")
+    return int(local or engine.tensor_parallel_size)
+
+
+def _is_one_each(num_devices: int, num_ranks: int) -> bool:
+    """Say whether there is a CUDA device for each rank; warn of devices that go unused because there are too few."""
+    if 0 < num_devices < num_ranks:
+        logger.warning(
+            "--device auto: %d CUDA device(s) for %d ranks on this host, so they run on the CPU",
+            num_devices,
+            num_ranks,
+        )
+    return num_devices >= num_ranks

@@ -1,13 +1,11 @@
 """The tensors behind the KV blocks, and how many of them fit into memory."""
 
-import os
-from pathlib import Path
-
 import torch
 
 from engine.attention.base import KVCache
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
+from engine.worker import host
 
 # Shares of the free memory that the cache may take when nobody sizes it; the rest is for activations and the host.
 CPU_SHARE = 0.5
@@ -49,7 +47,7 @@ def free_memory_share(device: torch.device, ranks_on_host: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * CUDA_SHARE)
-    return int(_free_host_memory() * CPU_SHARE) // ranks_on_host
+    return int(host.free_memory() * CPU_SHARE) // ranks_on_host
 
 
 def allocate(
@@ -71,22 +69,6 @@ def allocate(
         storage = torch.zeros(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors, on CPU and CUDA
         size = num_blocks * block_bytes(config, block_size=block_size, num_kv_heads=num_kv_heads, dtype=dtype)
-        raise ValueError(f"cannot allocate {num_blocks} KV blocks ({size} bytes); lower --num-kv-blocks") from error
+        message = f"cannot allocate {num_blocks} KV blocks ({size} bytes); lower --num-kv-blocks or --kv-cache-memory"
+        raise ValueError(message) from error
     return [KVCache(layer[0], layer[1]) for layer in storage]
-
-
-def _free_host_memory() -> int:
-    """Return the bytes that the host, or this container's cgroup, has left."""
-    available = _meminfo_available()
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(available, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return available
-
-
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,137 @@
+"""Which device, type and number of threads a rank chooses; CUDA devices are made up."""
+
+import logging
+
+import pytest
+import torch
+
+from engine.protocol.config import EngineConfig
+from engine.protocol.model_config import ModelConfig, RopeConfig
+from engine.worker import device
+from engine.worker.device import choose_device, choose_dtype, set_threads
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=7,
+    hidden_size=8,
+    intermediate_size=9,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(),
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+
+
+class Host:
+    """A host with so many CUDA devices, on which so many ranks are started."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+        self.used: list[torch.device] = []
+        patch.setattr(torch.cuda, "set_device", self.used.append)
+        self.set(cuda_devices=0)
+
+    def set(self, *, cuda_devices: int, **environment: int) -> None:
+        self._patch.setattr(torch.cuda, "is_available", lambda: cuda_devices > 0)
+        self._patch.setattr(torch.cuda, "device_count", lambda: cuda_devices)
+        for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+            self._patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            self._patch.setenv(name, str(value))
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(monkeypatch)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What torch was told; this process keeps its own threads."""
+    told: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(device, "num_cpus", lambda: 8)
+    return told
+
+
+def test_auto_is_the_cpu_without_cuda_and_says_nothing(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.set(cuda_devices=0)
+    assert choose_device(EngineConfig(tensor_parallel_size=2), 1) == CPU
+    assert caplog.records == []
+
+
+def test_auto_is_the_ranks_own_cuda_device_where_each_has_one(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.set(cuda_devices=2, LOCAL_WORLD_SIZE=2, WORLD_SIZE=2)
+    chosen = choose_device(EngineConfig(tensor_parallel_size=2), 1)
+    assert chosen == torch.device("cuda", 1)
+    assert host.used == [chosen]
+    assert caplog.records == []
+
+
+def test_auto_counts_the_ranks_on_this_host_not_those_of_the_group(host: Host) -> None:
+    host.set(cuda_devices=2, LOCAL_WORLD_SIZE=2, WORLD_SIZE=4)
+    assert choose_device(EngineConfig(tensor_parallel_size=4), 0) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("environment", [{"LOCAL_WORLD_SIZE": 3, "WORLD_SIZE": 2}, {"WORLD_SIZE": 3}])
+def test_auto_takes_the_most_local_number_of_ranks_that_is_set(host: Host, environment: dict[str, int]) -> None:
+    host.set(cuda_devices=2, **environment)
+    assert choose_device(EngineConfig(tensor_parallel_size=2), 0) == CPU
+
+
+@pytest.mark.parametrize(("tp_size", "kind"), [(2, "cuda"), (3, "cpu")])
+def test_auto_counts_the_groups_ranks_when_no_launcher_says_otherwise(host: Host, tp_size: int, kind: str) -> None:
+    host.set(cuda_devices=2)
+    assert choose_device(EngineConfig(tensor_parallel_size=tp_size), 0).type == kind
+
+
+def test_auto_warns_when_cuda_devices_go_unused(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.set(cuda_devices=1, LOCAL_WORLD_SIZE=2)
+    assert choose_device(EngineConfig(tensor_parallel_size=2), 0) == CPU
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == "--device auto: 1 CUDA device(s) for 2 ranks on this host, so they run on the CPU"
+
+
+def test_cpu_is_the_cpu_whatever_else_is_there_and_says_nothing(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.set(cuda_devices=1, LOCAL_WORLD_SIZE=2)
+    assert choose_device(EngineConfig(tensor_parallel_size=2, device="cpu"), 0) == CPU
+    assert host.used == []
+    assert caplog.records == []
+
+
+def test_cuda_is_refused_where_the_rank_has_no_device(host: Host) -> None:
+    host.set(cuda_devices=1, LOCAL_WORLD_SIZE=2)
+    with pytest.raises(ValueError, match=r"^--device cuda: rank needs CUDA device 1, and 1 are visible$"):
+        choose_device(EngineConfig(tensor_parallel_size=2, device="cuda"), 1)
+    assert host.used == []
+
+
+def test_auto_dtype_is_the_checkpoints() -> None:
+    assert choose_dtype(EngineConfig(), MODEL) == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_an_explicit_dtype_wins_over_the_checkpoints(name: str) -> None:
+    assert choose_dtype(EngineConfig(dtype=name), MODEL) == getattr(torch, name)
+
+
+@pytest.mark.parametrize(("ranks", "each"), [(1, 8), (2, 4), (3, 2), (9, 1)])
+def test_ranks_share_the_cores_and_each_has_one(threads: list[int], ranks: int, each: int) -> None:
+    set_threads(ranks)
+    assert threads == [each]
+
+
+def test_omp_num_threads_is_left_as_it_is(threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    set_threads(2)
+    assert threads == []
