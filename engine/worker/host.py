@@ -38,7 +38,7 @@ def num_cpus(cgroup_root: Path = CGROUP_ROOT) -> int:
     quotas = _words(cgroup_root / "cpu.max")  # "quota period", in microseconds
     quotas_v1 = _words(cgroup_root / "cpu" / "cpu.cfs_quota_us") + _words(cgroup_root / "cpu" / "cpu.cfs_period_us")
     bounds = (_cpus_of_quota(words) for words in (quotas, quotas_v1))
-    return max(1, min([cpus, *(bound for bound in bounds if bound is not None)]))
+    return min([cpus, *(bound for bound in bounds if bound is not None)])
 
 
 def _memory_left(folder: Path, *, limit: str, used: str, reclaimable: str) -> int | None:
