@@ -115,6 +115,7 @@ def _serve(engine: EngineConfig, server: ServerConfig) -> int:
     with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
         model_config = ModelConfig.from_directory(engine.model)
         model_config.check_tensor_parallel_size(engine.tensor_parallel_size)
+        model_config.check_max_model_len(engine.max_model_len)
         files = ModelFiles.read(engine.model)
         with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it
             process = EngineProcess(engine)

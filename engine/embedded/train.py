@@ -25,8 +25,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor, nn
 
 END_OF_TEXT = "<|endoftext|>"
-# Words keep one leading space, digits stand alone, and line breaks with the blank lines between them are one piece.
-SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}_]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words keep one leading space, digits stand alone, and line breaks with the blank lines between them are one piece. No
+# other piece takes a line break: else the end of a prompt such as "def f(n):" would be a piece that no text ever has.
+SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}_]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The model knows code, not conversation: what people say becomes comments, what the assistant said stays code.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -190,15 +191,29 @@ def without_docstrings(source: str) -> str:
     return "\n".join(line for number, line in enumerate(source.split("\n"), 1) if number not in dropped)
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE whose post-processor puts the end-of-text token in front, as in training."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def split_into_pieces() -> pre_tokenizers.Sequence:
+    """Return what cuts a text into the pieces that BPE works within."""
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def resume(directory: Path, model: Llama) -> Tokenizer:
+    """Load a checkpoint's weights into `model` and return its tokenizer, cutting texts as this script does now."""
+    saved = load_file(directory / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in saved.items()})
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.pre_tokenizer = split_into_pieces()
+    return tokenizer
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE whose post-processor puts the end-of-text token in front, as in training."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split_into_pieces()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -348,21 +363,18 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the model (needs a C++ compiler; a third faster)"
     )
-    parser.add_argument("--resume", type=Path, help="go on from this checkpoint, of the same shape and tokenizer")
+    parser.add_argument("--resume", type=Path, help="go on from this checkpoint, of the same shape")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of documents")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     shape = Shape()
     training, held_out = read_corpus()
-    tokenizer = train_tokenizer(training, shape.vocab_size)
+    model = Llama(shape)
+    tokenizer = resume(args.resume, model) if args.resume else train_tokenizer(training, shape.vocab_size)
     # Each file comes as it is and without docstrings: else the likeliest line after any def is prose.
     documents = encode(tokenizer, training + [without_docstrings(text) for text in training])
     held_out_documents = encode(tokenizer, held_out)
-    model = Llama(shape)
-    if args.resume is not None:
-        saved = load_file(args.resume / "model.safetensors")
-        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in saved.items()})
     print(
         f"{sum(p.numel() for p in model.parameters())} parameters, {sum(map(len, documents))} training tokens, "
         f"{sum(len(text.encode()) for text in training)} bytes, {len(held_out)} held-out files",
