@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from safetensors import safe_open
@@ -61,10 +61,12 @@ def test_it_has_what_a_chat_needs() -> None:
     assert "eos_token_id" in json.loads((EMBEDDED_MODEL / "generation_config.json").read_text())
 
 
-def test_most_greedy_completions_parse_when_cut_at_a_lines_end(service: ServiceProcess) -> None:
+def test_most_greedy_completions_parse_when_cut_at_a_lines_end(
+    service: ServiceProcess, tell: Callable[[str], None]
+) -> None:
     counts = {}
     for prompt in PROMPTS:
         text = service.complete(prompt=prompt, max_tokens=96, temperature=0)["text"]
         counts[prompt] = parsing_lines(prompt, text)
-    print("lines that parse:", counts)
+    tell(f"embedded model, lines of the completion that parse: {counts}")
     assert sum(count >= LEAST_LINES for count in counts.values()) >= 6

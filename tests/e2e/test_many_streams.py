@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def is_near_tie(reference: Reference, tokenizer: Tokenizer, prompt: str, texts: 
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_64_streams_at_once_get_the_text_of_a_lone_request(tp_size: int, device: str) -> None:
+def test_64_streams_at_once_get_the_text_of_a_lone_request(
+    tp_size: int, device: str, tell: Callable[[str], None]
+) -> None:
     arguments = ("--dtype", "float32", "--device", device, "-tp", str(tp_size))
     with ServiceProcess(*arguments) as service:
         together = asyncio.run(stream_all(service.url, NUM_CLIENTS))
@@ -105,10 +108,10 @@ def test_64_streams_at_once_get_the_text_of_a_lone_request(tp_size: int, device:
         if one.text != other.text:
             assert is_near_tie(reference, tokenizer, prompt, (one.text, other.text)), (one.text, other.text)
             near_ties += 1
-    print(f"tp {tp_size}: {NUM_CLIENTS} streams of {NUM_TOKENS} tokens, {near_ties} parted at a near-tie")
+    tell(f"tp {tp_size}: {NUM_CLIENTS} streams of {NUM_TOKENS} tokens, {near_ties} parted at a near-tie")
 
 
-def test_an_idle_service_uses_next_to_no_processor_and_wakes_up(device: str) -> None:
+def test_an_idle_service_uses_next_to_no_processor_and_wakes_up(device: str, tell: Callable[[str], None]) -> None:
     with ServiceProcess("--device", device, "-tp", "2") as service:
         service.complete(prompt="def f(", max_tokens=4)
         service.wait_until_idle()
@@ -117,6 +120,6 @@ def test_an_idle_service_uses_next_to_no_processor_and_wakes_up(device: str) -> 
         asyncio.run(asyncio.sleep(IDLE_SECONDS))
         after = [process.cpu_times() for process in processes]
         used = sum(b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
-        print(f"idle: {used:.2f} s of processor time in {IDLE_SECONDS} s, {len(processes)} processes")
+        tell(f"idle: {used:.2f} s of processor time in {IDLE_SECONDS} s, {len(processes)} processes")
         assert used < 0.01 * IDLE_SECONDS
         assert service.complete(prompt="def f(", max_tokens=4)["finish_reason"] in ("length", "stop")

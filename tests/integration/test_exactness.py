@@ -15,6 +15,8 @@ from tests.checkpoints import random_llama
 from tests.engine_process import EngineProcess
 from tests.oracle import Comparison, Reference
 
+Tell = Callable[[str], None]
+
 NUM_PROMPTS = 24
 NUM_NEW_TOKENS = 64
 BLOCK_SIZE = 16
@@ -58,23 +60,24 @@ def publish(directory: Path) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_greedy_tokens_are_those_of_transformers(
-    seed: int, tp_size: int, checkpoint: Callable[[int], tuple[Path, Reference]], device: str
+    seed: int, tp_size: int, checkpoint: Callable[[int], tuple[Path, Reference]], device: str, tell: Tell
 ) -> None:
     directory, reference = checkpoint(seed)
-    check_greedy_tokens(f"seed {seed}", directory, reference, tp_size, device)
+    tell(f"seed {seed}, " + check_greedy_tokens(directory, reference, tp_size, device))
 
 
 @pytest.mark.parametrize("seed", [0, 1])  # llama3 and default rotary positions
 def test_greedy_tokens_are_those_of_transformers_for_a_checkpoint_as_published(
-    seed: int, tmp_path: Path, device: str
+    seed: int, tmp_path: Path, device: str, tell: Tell
 ) -> None:
     directory = random_llama(tmp_path, seed)
     publish(directory)
     assert len(list(directory.glob("*.safetensors"))) > 1
-    check_greedy_tokens(f"published, seed {seed}", directory, Reference(directory), 2, device)
+    tell(f"as published, seed {seed}, " + check_greedy_tokens(directory, Reference(directory), 2, device))
 
 
-def check_greedy_tokens(name: str, directory: Path, reference: Reference, tp_size: int, device: str) -> None:
+def check_greedy_tokens(directory: Path, reference: Reference, tp_size: int, device: str) -> str:
+    """Check the tokens of all prompts, and return what was counted."""
     config = ModelConfig.from_directory(directory)
     try:
         config.check_tensor_parallel_size(tp_size)
@@ -102,10 +105,10 @@ def check_greedy_tokens(name: str, directory: Path, reference: Reference, tp_siz
     for request in requests:
         assert len(outputs[request.request_id]) == NUM_NEW_TOKENS
         reference.check_greedy(request.prompt_token_ids, outputs[request.request_id], comparison)
-    print(
-        f"{name}, tp {tp_size}: {comparison.tokens} tokens, {comparison.near_ties} near-ties, "
+    assert engine.preemptions > 0
+    assert report.scheduler.num_free_kv_blocks == report.scheduler.num_kv_blocks
+    return (
+        f"tp {tp_size}: {comparison.tokens} tokens, {comparison.near_ties} near-ties, "
         f"{engine.preemptions} preemptions, {config.num_attention_heads}/{config.num_key_value_heads} heads, "
         f"vocabulary {config.vocab_size}"
     )
-    assert engine.preemptions > 0
-    assert report.scheduler.num_free_kv_blocks == report.scheduler.num_kv_blocks

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -147,7 +148,7 @@ def count_near_ties(request: Request, text: list[int], reference: Reference) -> 
 
 
 def test_seeded_tokens_are_the_same_alone_and_crowded_chunked_and_preempted_on_two_ranks(
-    checkpoint: Checkpoint, runs: list[Run]
+    checkpoint: Checkpoint, runs: list[Run], tell: Callable[[str], None]
 ) -> None:
     """Texts may part only at a token that one of them owes to a near-tie, which is held against the reference."""
     near_ties = 0
@@ -157,7 +158,7 @@ def test_seeded_tokens_are_the_same_alone_and_crowded_chunked_and_preempted_on_t
         assert found > 0 or run.alone == run.crowded, f"{run.request.request_id}: texts differ without a near-tie"
         near_ties += found
     differences = sum(run.alone != run.crowded for run in runs)
-    print(f"{len(runs)} requests of {NUM_NEW_TOKENS} tokens: {near_ties} near-ties, {differences} texts differ")
+    tell(f"sampled: {len(runs)} requests of {NUM_NEW_TOKENS} tokens: {near_ties} near-ties, {differences} texts differ")
     # 13 tokens in 1000 change when logits are off by 1e-3 of the largest; float32 is off by 3e-6: 1 token in 25,000.
     assert differences <= 1
 
@@ -177,7 +178,7 @@ def half_precision_logits(model: LlamaForCausalLM, prompt: list[int], text: list
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_tokens_on_two_ranks_agree_with_transformers_in_the_same_type(
-    dtype: str, checkpoint: Checkpoint, device: str
+    dtype: str, checkpoint: Checkpoint, device: str, tell: Callable[[str], None]
 ) -> None:
     """Nearly all tokens are transformers' own, and the others are within rounding of them."""
     prompts = draw_prompts(checkpoint.vocab_size, (1, 2, 5, 17, 31, 64, 90, 100))
@@ -204,6 +205,6 @@ def test_half_precision_tokens_on_two_ranks_agree_with_transformers_in_the_same_
         best, choice = logits.max(dim=1)
         worst = max(worst, ((best - chosen) / logits.abs().amax(dim=1)).max().item())
         counts.update((choice == text).tolist())
-    print(f"{dtype}: {counts[True]} of {counts.total()} tokens agree, the worst is {worst:.4f} below the best")
+    tell(f"{dtype}: {counts[True]} of {counts.total()} tokens agree, the worst is {worst:.4f} below the best")
     assert worst <= HALF_PRECISION_TOLERANCE[dtype]
     assert counts[True] >= HALF_PRECISION_AGREEMENT * counts.total()
