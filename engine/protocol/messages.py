@@ -35,6 +35,7 @@ class SamplingParams(Part, frozen=True):
     """
 
     max_tokens: int
+    min_tokens: int = 0  # no stop token is sampled before so many others were
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
@@ -42,6 +43,12 @@ class SamplingParams(Part, frozen=True):
     seed: int = 0  # 0 <= seed < 2**64
     choice_index: int = 0
     stop_token_ids: tuple[int, ...] = ()  # emitted, then the sequence ends; the end-of-text ids are among them
+    logit_bias: dict[int, float] = {}  # by token id, added to the logit
+    repetition_penalty: float = 1.0  # divides what prompt or output hold already, where positive; else multiplies
+    presence_penalty: float = 0.0  # taken from what the output holds already
+    frequency_penalty: float = 0.0  # … as often as the output holds it
+    logprobs: int | None = None  # report each sampled token's, and those of so many of the likeliest
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, of which the first has none
 
 
 class Request(Part, frozen=True):
@@ -67,14 +74,30 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class TokenLogprobs(Part, frozen=True):
+    """A token's log-probability, natural, under the softmax of the model's own logits: before any sampling option."""
+
+    token_id: int
+    logprob: float  # -inf where the model excludes the token
+    rank: int  # 1: no token is likelier
+    top_token_ids: list[int]  # the likeliest tokens, in falling order, the lower id first among equals …
+    top_logprobs: list[float]  # … and theirs
+
+
 class TokenOutput(Part, frozen=True):
-    """New tokens of one sequence. The last output of a sequence, and only that, has a `finish_reason`."""
+    """New tokens of one sequence. The last output of a sequence, and only that, has a `finish_reason`.
+
+    An output without tokens and without a reason brings logprobs of the prompt.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None  # with FinishReason.ERROR: a message for the person who sent the request
+    logprobs: list[TokenLogprobs] = []  # one for each of `token_ids`, if they were asked for
+    prompt_logprobs: list[TokenLogprobs] = []  # the prompt's next, if they were asked for
     queue_seconds: float | None = None  # with a sequence's first output: time from arrival at rank 0 to its first step
+    num_cached_tokens: int | None = None  # with a sequence's first output: prompt tokens that were in the KV cache
 
 
 class TokenBatch(Message, frozen=True):
@@ -85,6 +108,14 @@ class TokenBatch(Message, frozen=True):
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
+
+
+class PromptLogprobs(Part, frozen=True):
+    """The logits at positions `start : stop` are wanted: each gives the logprobs of the token that follows it."""
+
+    start: int
+    stop: int
+    num_top: int
 
 
 class ScheduledRow(Part, frozen=True):
@@ -102,6 +133,7 @@ class ScheduledRow(Part, frozen=True):
     num_computed_tokens: int
     num_scheduled_tokens: int
     samples: bool  # the last scheduled token is the sequence's last: a token follows
+    prompt_logprobs: PromptLogprobs | None = None  # within the positions of the scheduled tokens
 
 
 class ScheduledStep(Message, frozen=True):
@@ -140,6 +172,8 @@ class SchedulerStats(Part, frozen=True):
     preemptions: int  # delta
     steps: int  # delta
     integrity_checks: int  # delta: times the block bookkeeping was found whole when the engine went idle
+    prefix_cache_queries: int = 0  # delta: prompt tokens looked up in the KV cache
+    prefix_cache_hits: int = 0  # delta: … and found there
 
 
 class StatsReport(Message, frozen=True):

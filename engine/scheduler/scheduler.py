@@ -13,12 +13,13 @@ from engine.kvcache.block_pool import BlockPool
 from engine.protocol.messages import (
     FinishReason,
     Request,
-    SamplingParams,
     ScheduledRow,
     ScheduledStep,
     SchedulerStats,
     TokenOutput,
 )
+from engine.sampling.row import SamplingRow
+from engine.scheduler.result import StepResult
 from engine.scheduler.sequence import Sequence
 
 # In a step's `new_token_ids`: sampled by a step before, not known yet when this one was scheduled.
@@ -118,20 +119,27 @@ class Scheduler:
                 token = tokens[row.request_id]
                 row.new_token_ids[-1] = token if isinstance(token, int) else 0
 
-    def sampling_params(self, step: ScheduledStep) -> list[SamplingParams]:
-        """Return how the next tokens of a step that is in flight are to be sampled, for each row that samples."""
-        sequences = self._in_flight[step.step]
-        return [sequence.request.sampling for row, sequence in zip(step.rows, sequences, strict=True) if row.samples]
+    def sampling_rows(self, step: ScheduledStep) -> list[SamplingRow]:
+        """Return what is to be sampled in a step that is in flight: each row that samples, in batch order.
 
-    def apply(self, step: ScheduledStep, tokens: Mapping[str, int | str]) -> list[TokenOutput]:
-        """Take a step's samples: a token, or a message why none could be sampled, for each row that samples.
+        The steps before it must have been applied.
+        """
+        sequences = self._in_flight[step.step]
+        return [
+            SamplingRow(sequence.request.sampling, sequence.token_ids, len(sequence.request.prompt_token_ids))
+            for row, sequence in zip(step.rows, sequences, strict=True)
+            if row.samples
+        ]
+
+    def apply(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
+        """Take a step's results.
 
         Rows of sequences that were aborted or that finished since the step was scheduled are dropped.
         """
         outputs = []
         for row, sequence in zip(step.rows, self._in_flight.pop(step.step), strict=True):
             if row.samples and self._sequences.get(row.request_id) is sequence:
-                outputs.append(self._apply_token(sequence, tokens[row.request_id]))
+                outputs.append(self._apply_token(sequence, result))
         return outputs
 
     # --- looking inside ----------------------------------------------------------------------------------------------
@@ -242,10 +250,11 @@ class Scheduler:
         sequence.num_pending_tokens += samples
         return row
 
-    def _apply_token(self, sequence: Sequence, token: int | str) -> TokenOutput:
+    def _apply_token(self, sequence: Sequence, result: StepResult) -> TokenOutput:
         sequence.num_pending_tokens -= 1
         queue_seconds, sequence.queue_seconds = sequence.queue_seconds, None
         request_id = sequence.request_id
+        token = result.tokens[request_id]
         if isinstance(token, str):
             self._remove(sequence)
             return TokenOutput(request_id, [], FinishReason.ERROR, error=token, queue_seconds=queue_seconds)

@@ -16,6 +16,7 @@ from engine.protocol.messages import (
     TokenOutput,
 )
 from engine.sampling.sampler import SamplingError, sample
+from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.model_runner import ModelRunner
 from engine.worker.statistics import RankStatistics
@@ -71,17 +72,17 @@ class Leader:
             follower.send(step)
         logits = self._runner.run(step)
         tokens = {} if logits is None else self._sample(step, logits)
-        self._emit(step.step, self._scheduler.apply(step, tokens))
+        self._emit(step.step, self._scheduler.apply(step, StepResult(tokens)))
         self._statistics.note_work()
 
     def _sample(self, step: ScheduledStep, logits: Tensor) -> dict[str, int | str]:
         """Return each sampling row's next token, or why it has none, by request id."""
-        rows = [row for row in step.rows if row.samples]
-        positions = [row.num_computed_tokens + row.num_scheduled_tokens for row in rows]
-        samples = sample(logits, self._scheduler.sampling_params(step), positions)
+        rows = self._scheduler.sampling_rows(step)
+        samples = sample(logits, [row.params for row in rows], [row.position for row in rows])
+        request_ids = [row.request_id for row in step.rows if row.samples]
         return {
-            row.request_id: str(drawn) if isinstance(drawn, SamplingError) else drawn
-            for row, drawn in zip(rows, samples, strict=True)
+            request_id: str(drawn) if isinstance(drawn, SamplingError) else drawn
+            for request_id, drawn in zip(request_ids, samples, strict=True)
         }
 
     # --- messages ----------------------------------------------------------------------------------------------------

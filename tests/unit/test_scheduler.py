@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.protocol.messages import FinishReason, Request, SamplingParams, ScheduledStep
+from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import PENDING_TOKEN, Scheduler
 
 BLOCK_SIZE = 4
@@ -95,7 +96,7 @@ class Runner:
             self._scheduler.fill_pending(step, self._in_flight[1])
         self._apply()
         if step is not None:
-            assert len(self._scheduler.sampling_params(step)) == sum(row.samples for row in step.rows)
+            assert len(self._scheduler.sampling_rows(step)) == sum(row.samples for row in step.rows)
             self._in_flight = (step, self._rank.run(step))
         if not self._one_step_late:
             self._apply()
@@ -110,7 +111,7 @@ class Runner:
         if self._in_flight is None:
             return
         in_flight, self._in_flight = self._in_flight, None
-        for output in self._scheduler.apply(*in_flight):
+        for output in self._scheduler.apply(in_flight[0], StepResult(in_flight[1])):
             assert output.request_id not in self.finished, "output after the finish"
             self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finish_reason is not None:
@@ -203,7 +204,7 @@ def test_no_step_exceeds_the_token_budget_or_the_number_of_sequences() -> None:
         assert step is not None
         assert 0 < sum(row.num_scheduled_tokens for row in step.rows) <= 7
         assert len(step.rows) <= 3
-        scheduler.apply(step, rank.run(step))
+        scheduler.apply(step, StepResult(rank.run(step)))
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
@@ -212,7 +213,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
     rank = FakeRank()
     first = scheduler.schedule()
     assert first is not None
-    scheduler.apply(first, rank.run(first))
+    scheduler.apply(first, StepResult(rank.run(first)))
     scheduler.add(make_request("long", list(range(12)), max_tokens=2))
     chunks = []
     for _ in range(3):
@@ -221,7 +222,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
         counts = {row.request_id: row.num_scheduled_tokens for row in step.rows}
         assert counts["short"] == 1
         chunks.append(counts["long"])
-        scheduler.apply(step, rank.run(step))
+        scheduler.apply(step, StepResult(rank.run(step)))
     assert chunks == [5, 5, 2]
 
 
@@ -279,7 +280,7 @@ def test_a_row_that_could_not_be_sampled_ends_its_request_alone() -> None:
     scheduler.add(make_request("good", [2]))
     step = scheduler.schedule()
     assert step is not None
-    outputs = scheduler.apply(step, {"bad": "the logits are not finite", "good": 5})
+    outputs = scheduler.apply(step, StepResult({"bad": "the logits are not finite", "good": 5}))
     assert outputs[0].finish_reason is FinishReason.ERROR
     assert outputs[0].error == "the logits are not finite"
     assert outputs[1].token_ids == [5]
@@ -295,10 +296,10 @@ def test_a_row_that_could_not_be_sampled_ends_although_its_next_step_is_schedule
     assert second is not None
     rank.run(first)
     scheduler.fill_pending(second, {"bad": "the logits are not finite"})
-    assert [output.error for output in scheduler.apply(first, {"bad": "the logits are not finite"})] == [
+    assert [output.error for output in scheduler.apply(first, StepResult({"bad": "the logits are not finite"}))] == [
         "the logits are not finite"
     ]
-    assert scheduler.apply(second, rank.run(second)) == []
+    assert scheduler.apply(second, StepResult(rank.run(second))) == []
     assert not scheduler.has_work
     scheduler.check_integrity()
 
@@ -310,7 +311,7 @@ def test_the_first_output_tells_the_time_in_the_queue() -> None:
     while scheduler.has_work:
         step = scheduler.schedule()
         assert step is not None
-        seconds += [output.queue_seconds for output in scheduler.apply(step, rank.run(step))]
+        seconds += [output.queue_seconds for output in scheduler.apply(step, StepResult(rank.run(step)))]
     assert seconds == [1.0, None]  # one tick of the clock between arrival and first step
 
 
@@ -320,7 +321,7 @@ def test_statistics_count_since_the_last_report() -> None:
     scheduler.add(make_request("b", [1] * 5, max_tokens=2))
     step = scheduler.schedule()
     assert step is not None
-    scheduler.apply(step, FakeRank().run(step))
+    scheduler.apply(step, StepResult(FakeRank().run(step)))
     stats = scheduler.take_stats()
     assert (stats.num_running, stats.num_waiting, stats.steps) == (1, 0, 1)
     assert (stats.num_kv_blocks, stats.num_free_kv_blocks) == (16, 14)
