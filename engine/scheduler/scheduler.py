@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from engine.kvcache.block_pool import BlockPool
 from engine.protocol.messages import (
     FinishReason,
+    PromptLogprobs,
     Request,
     ScheduledRow,
     ScheduledStep,
@@ -138,8 +139,9 @@ class Scheduler:
         """
         outputs = []
         for row, sequence in zip(step.rows, self._in_flight.pop(step.step), strict=True):
-            if row.samples and self._sequences.get(row.request_id) is sequence:
-                outputs.append(self._apply_token(sequence, result))
+            is_there = self._sequences.get(row.request_id) is sequence
+            if is_there and (row.samples or row.prompt_logprobs is not None):
+                outputs.append(self._apply_row(row, sequence, result))
         return outputs
 
     # --- looking inside ----------------------------------------------------------------------------------------------
@@ -240,33 +242,60 @@ class Scheduler:
             num_computed_tokens=sequence.num_computed_tokens,
             num_scheduled_tokens=count,
             samples=samples,
+            prompt_logprobs=self._want_prompt_logprobs(sequence, sequence.num_computed_tokens + count),
         )
         if not sequence.is_known_to_ranks:
             sequence.is_known_to_ranks = True
             sequence.queue_seconds = self._clock() - sequence.arrival_time
+            sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.num_sent_tokens = sequence.num_tokens
         sequence.num_sent_blocks = len(sequence.block_ids)
         sequence.num_computed_tokens += count
         sequence.num_pending_tokens += samples
         return row
 
-    def _apply_token(self, sequence: Sequence, result: StepResult) -> TokenOutput:
+    def _want_prompt_logprobs(self, sequence: Sequence, stop: int) -> PromptLogprobs | None:
+        """Ask for what a step up to the position `stop` can bring of the prompt's logprobs, each once.
+
+        What is asked for is delivered, as long as the sequence is there: a preemption takes no results back.
+        """
+        num_top = sequence.request.sampling.prompt_logprobs
+        start = sequence.num_prompt_logprobs
+        stop = min(stop, len(sequence.request.prompt_token_ids) - 1)
+        if num_top is None or start >= stop:
+            return None
+        sequence.num_prompt_logprobs = stop
+        return PromptLogprobs(start, stop, num_top)
+
+    def _apply_row(self, row: ScheduledRow, sequence: Sequence, result: StepResult) -> TokenOutput:
+        request_id = row.request_id
+        token = result.tokens[request_id] if row.samples else None
+        token_ids = [token] if isinstance(token, int) else []
+        has_logprobs = bool(token_ids) and sequence.request.sampling.logprobs is not None
+        queue_seconds, num_cached_tokens = sequence.take_news_of_first_step()
+        return TokenOutput(
+            request_id,
+            token_ids,
+            finish_reason=None if token is None else self._take_token(sequence, token),
+            error=token if isinstance(token, str) else None,
+            logprobs=[result.logprobs[request_id]] if has_logprobs else [],
+            prompt_logprobs=[] if row.prompt_logprobs is None else result.prompt_logprobs[request_id],
+            queue_seconds=queue_seconds,
+            num_cached_tokens=num_cached_tokens,
+        )
+
+    def _take_token(self, sequence: Sequence, token: int | str) -> FinishReason | None:
+        """Take what was sampled, or why nothing could be; return whether that ends the sequence."""
         sequence.num_pending_tokens -= 1
-        queue_seconds, sequence.queue_seconds = sequence.queue_seconds, None
-        request_id = sequence.request_id
-        token = result.tokens[request_id]
-        if isinstance(token, str):
-            self._remove(sequence)
-            return TokenOutput(request_id, [], FinishReason.ERROR, error=token, queue_seconds=queue_seconds)
-        sequence.token_ids.append(token)
         finish_reason = None
-        if token in sequence.request.sampling.stop_token_ids:
-            finish_reason = FinishReason.STOP
-        elif sequence.num_output_tokens >= sequence.max_output_tokens:
-            finish_reason = FinishReason.LENGTH
+        if isinstance(token, str):
+            finish_reason = FinishReason.ERROR
+        else:
+            sequence.token_ids.append(token)
+            finish_reason = sequence.finish_reason
         if finish_reason is not None:
             self._remove(sequence)
-        return TokenOutput(request_id, [token], finish_reason, queue_seconds=queue_seconds)
+        return finish_reason
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from engine.protocol.messages import Request
+from engine.protocol.messages import FinishReason, Request
 
 
 @dataclass(eq=False)
@@ -29,7 +29,9 @@ class Sequence:
     num_sent_tokens: int = 0  # what the ranks know of token_ids (pending ones included) …
     num_sent_blocks: int = 0  # … and of block_ids
     is_known_to_ranks: bool = False  # it was in a step once
-    queue_seconds: float | None = None  # set by the first step, taken by the first output
+    num_prompt_logprobs: int = 0  # delivered, or about to be by a scheduled step
+    queue_seconds: float | None = None  # set by the first step, taken by the first output …
+    num_cached_tokens: int | None = None  # … and so is this
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -55,6 +57,19 @@ class Sequence:
         if self.num_output_tokens + self.num_pending_tokens >= self.max_output_tokens:
             return 0
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the last known token is the last of all, or None if others may follow."""
+        if self.token_ids[-1] in self.request.sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens >= self.max_output_tokens else None
+
+    def take_news_of_first_step(self) -> tuple[float | None, int | None]:
+        """Return the time in the queue and the number of cached tokens, to the first output only."""
+        news = self.queue_seconds, self.num_cached_tokens
+        self.queue_seconds = self.num_cached_tokens = None
+        return news
 
     def forget_computed(self) -> list[int]:
         """Start over, as after a preemption; return the blocks held."""

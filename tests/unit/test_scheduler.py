@@ -1,176 +1,77 @@
 """The scheduler against ranks that keep tokens in the KV slots, so that every paging mistake changes an output."""
 
-import hashlib
-import itertools
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.protocol.messages import FinishReason, Request, SamplingParams, ScheduledStep
+from engine.protocol.messages import FinishReason, PromptLogprobs, Request, ScheduledRow
 from engine.scheduler.result import StepResult
-from engine.scheduler.scheduler import PENDING_TOKEN, Scheduler
-
-BLOCK_SIZE = 4
-VOCABULARY = 50
-
-
-def next_token(token_ids: list[int]) -> int:
-    """A language model: any change of any earlier token changes the next."""
-    return hashlib.sha256(repr(token_ids).encode()).digest()[0] % VOCABULARY
-
-
-def lone_output(request: Request, max_model_len: int) -> list[int]:
-    tokens = list(request.prompt_token_ids)
-    while len(tokens) < max_model_len and len(tokens) - len(request.prompt_token_ids) < request.sampling.max_tokens:
-        tokens.append(next_token(tokens))
-        if tokens[-1] in request.sampling.stop_token_ids:
-            break
-    return tokens[len(request.prompt_token_ids) :]
-
-
-class FakeRank:
-    """Obeys steps as a rank does; the 'KV cache' of a token is the token."""
-
-    def __init__(self) -> None:
-        self.slots: dict[int, int] = {}
-        self.sequences: dict[str, tuple[list[int], list[int]]] = {}
-
-    def run(self, step: ScheduledStep) -> dict[str, int]:
-        for request_id in step.finished:
-            del self.sequences[request_id]
-        samples = {}
-        for row in step.rows:
-            if row.is_new:
-                self.sequences[row.request_id] = ([], [])
-            tokens, blocks = self.sequences[row.request_id]
-            assert PENDING_TOKEN not in row.new_token_ids
-            tokens.extend(row.new_token_ids)
-            blocks.extend(row.new_block_ids)
-            stop = row.num_computed_tokens + row.num_scheduled_tokens
-            for position in range(row.num_computed_tokens, stop):
-                self.slots[self.slot(blocks, position)] = tokens[position]
-            if row.samples:
-                assert stop == len(tokens)
-                samples[row.request_id] = next_token([self.slots[self.slot(blocks, p)] for p in range(stop)])
-        return samples
-
-    def slot(self, blocks: list[int], position: int) -> int:
-        return blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-
-
-def make_scheduler(
-    *, num_kv_blocks: int = 16, max_model_len: int = 64, max_num_seqs: int = 8, max_num_batched_tokens: int = 64
-) -> Scheduler:
-    ticks = itertools.count()
-    return Scheduler(
-        epoch=1,
-        num_kv_blocks=num_kv_blocks,
-        block_size=BLOCK_SIZE,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        clock=lambda: float(next(ticks)),
-    )
-
-
-def make_request(request_id: str, prompt: list[int], max_tokens: int = 8, stop: tuple[int, ...] = ()) -> Request:
-    return Request(request_id, prompt, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop))
-
-
-class Runner:
-    """Runs steps; their results are applied at once, or while the next step is scheduled already."""
-
-    def __init__(self, scheduler: Scheduler, one_step_late: bool = False) -> None:
-        self._scheduler = scheduler
-        self._rank = FakeRank()
-        self._one_step_late = one_step_late
-        self._in_flight: tuple[ScheduledStep, dict[str, int]] | None = None
-        self.outputs: dict[str, list[int]] = {}
-        self.finished: set[str] = set()
-
-    def advance(self) -> bool:
-        """Run one step; return whether anything is left."""
-        step = self._scheduler.schedule()
-        if step is not None and self._in_flight is not None:
-            self._scheduler.fill_pending(step, self._in_flight[1])
-        self._apply()
-        if step is not None:
-            assert len(self._scheduler.sampling_rows(step)) == sum(row.samples for row in step.rows)
-            self._in_flight = (step, self._rank.run(step))
-        if not self._one_step_late:
-            self._apply()
-        self._scheduler.check_integrity()
-        return self._scheduler.has_work or self._in_flight is not None
-
-    def forget(self, request_id: str) -> None:
-        self.outputs.pop(request_id, None)
-        self.finished.discard(request_id)
-
-    def _apply(self) -> None:
-        if self._in_flight is None:
-            return
-        in_flight, self._in_flight = self._in_flight, None
-        for output in self._scheduler.apply(in_flight[0], StepResult(in_flight[1])):
-            assert output.request_id not in self.finished, "output after the finish"
-            self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
-            if output.finish_reason is not None:
-                self.finished.add(output.request_id)
+from engine.scheduler.scheduler import Scheduler
+from tests.unit.scheduler_support import (
+    VOCABULARY,
+    FakeRank,
+    Runner,
+    lone_logprobs,
+    lone_output,
+    lone_prompt_logprobs,
+    make_request,
+    make_scheduler,
+)
 
 
 def drain(scheduler: Scheduler, *, one_step_late: bool = False) -> dict[str, list[int]]:
     """Run to the end."""
     runner = Runner(scheduler, one_step_late)
-    for _ in range(20_000):
-        if not runner.advance():
-            return runner.outputs
-    raise AssertionError("the scheduler does not come to an end")
+    runner.run()
+    return {request_id: runner.tokens(request_id) for request_id in runner.outputs}
 
 
-requests_strategy = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30),
-        st.integers(1, 40),
-        st.lists(st.integers(0, VOCABULARY - 1), max_size=2),
-    ),
-    min_size=1,
-    max_size=10,
-)
+token_ids = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
+asked = st.one_of(st.none(), st.just(0))
+
+
+@st.composite
+def drawn_requests(draw: st.DrawFn) -> list[Request]:
+    return [
+        make_request(
+            str(i),
+            draw(token_ids),
+            draw(st.integers(1, 40)),
+            tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))),
+            logprobs=draw(asked),
+            prompt_logprobs=draw(asked),
+        )
+        for i in range(draw(st.integers(1, 10)))
+    ]
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    requests_strategy,
-    st.integers(1, 20),
-    st.integers(1, 6),
-    st.integers(8, 24),
-    st.booleans(),
-)
+@given(drawn_requests(), st.integers(1, 20), st.integers(1, 6), st.integers(8, 24), st.booleans())
 def test_every_request_gets_what_it_would_get_alone(
-    drawn: list[tuple[list[int], int, list[int]]],
-    budget: int,
-    max_num_seqs: int,
-    num_kv_blocks: int,
-    one_step_late: bool,
+    requests: list[Request], budget: int, max_num_seqs: int, num_kv_blocks: int, one_step_late: bool
 ) -> None:
     scheduler = make_scheduler(
         num_kv_blocks=num_kv_blocks, max_model_len=32, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
     )
-    requests = [make_request(str(i), prompt, n, tuple(stop)) for i, (prompt, n, stop) in enumerate(drawn)]
     for request in requests:
         scheduler.add(request)
-    outputs = drain(scheduler, one_step_late=one_step_late)
-    assert outputs == {request.request_id: lone_output(request, 32) for request in requests}
+    runner = Runner(scheduler, one_step_late)
+    runner.run()
+    for request in requests:
+        expected = lone_output(request, 32)
+        assert runner.tokens(request.request_id) == expected
+        assert runner.logprobs(request.request_id) == lone_logprobs(request, expected)
+        assert runner.prompt_logprobs(request.request_id) == lone_prompt_logprobs(request)
     assert scheduler.take_stats().num_free_kv_blocks == num_kv_blocks
 
 
 @settings(max_examples=100, deadline=None)
-@given(requests_strategy, st.integers(1, 12), st.booleans(), st.data())
+@given(drawn_requests(), st.integers(1, 12), st.booleans(), st.data())
 def test_aborts_at_any_moment_leave_the_others_and_the_blocks_whole(
-    drawn: list[tuple[list[int], int, list[int]]], budget: int, one_step_late: bool, data: st.DataObject
+    drawn: list[Request], budget: int, one_step_late: bool, data: st.DataObject
 ) -> None:
     scheduler = make_scheduler(num_kv_blocks=9, max_model_len=32, max_num_batched_tokens=budget)
-    requests = {str(i): make_request(str(i), prompt, n, tuple(stop)) for i, (prompt, n, stop) in enumerate(drawn)}
+    requests = {request.request_id: request for request in drawn}
     for request in requests.values():
         scheduler.add(request)
     runner = Runner(scheduler, one_step_late)
@@ -184,14 +85,17 @@ def test_aborts_at_any_moment_leave_the_others_and_the_blocks_whole(
         disturbed.add(victim)
         if comebacks and data.draw(st.booleans()):  # the id comes back, as another sequence
             scheduler.add(requests[victim])
-            runner.forget(victim)
+            runner.outputs.pop(victim, None)
             disturbed.discard(victim)
             comebacks -= 1
     assert scheduler.take_stats().num_free_kv_blocks == 9
     for request_id, request in requests.items():
-        expected, output = lone_output(request, 32), runner.outputs.get(request_id, [])
+        expected, output = lone_output(request, 32), runner.tokens(request_id)
         assert output == expected[: len(output)]
         assert request_id in disturbed or output == expected
+        expected_logprobs, logprobs = lone_prompt_logprobs(request), runner.prompt_logprobs(request_id)
+        assert logprobs == expected_logprobs[: len(logprobs)]
+        assert request_id in disturbed or logprobs == expected_logprobs
 
 
 def test_no_step_exceeds_the_token_budget_or_the_number_of_sequences() -> None:
@@ -204,7 +108,7 @@ def test_no_step_exceeds_the_token_budget_or_the_number_of_sequences() -> None:
         assert step is not None
         assert 0 < sum(row.num_scheduled_tokens for row in step.rows) <= 7
         assert len(step.rows) <= 3
-        scheduler.apply(step, StepResult(rank.run(step)))
+        scheduler.apply(step, rank.run(step))
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
@@ -213,7 +117,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
     rank = FakeRank()
     first = scheduler.schedule()
     assert first is not None
-    scheduler.apply(first, StepResult(rank.run(first)))
+    scheduler.apply(first, rank.run(first))
     scheduler.add(make_request("long", list(range(12)), max_tokens=2))
     chunks = []
     for _ in range(3):
@@ -222,7 +126,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
         counts = {row.request_id: row.num_scheduled_tokens for row in step.rows}
         assert counts["short"] == 1
         chunks.append(counts["long"])
-        scheduler.apply(step, StepResult(rank.run(step)))
+        scheduler.apply(step, rank.run(step))
     assert chunks == [5, 5, 2]
 
 
@@ -299,7 +203,7 @@ def test_a_row_that_could_not_be_sampled_ends_although_its_next_step_is_schedule
     assert [output.error for output in scheduler.apply(first, StepResult({"bad": "the logits are not finite"}))] == [
         "the logits are not finite"
     ]
-    assert scheduler.apply(second, StepResult(rank.run(second))) == []
+    assert scheduler.apply(second, rank.run(second)) == []
     assert not scheduler.has_work
     scheduler.check_integrity()
 
@@ -311,7 +215,7 @@ def test_the_first_output_tells_the_time_in_the_queue() -> None:
     while scheduler.has_work:
         step = scheduler.schedule()
         assert step is not None
-        seconds += [output.queue_seconds for output in scheduler.apply(step, StepResult(rank.run(step)))]
+        seconds += [output.queue_seconds for output in scheduler.apply(step, rank.run(step))]
     assert seconds == [1.0, None]  # one tick of the clock between arrival and first step
 
 
@@ -321,8 +225,49 @@ def test_statistics_count_since_the_last_report() -> None:
     scheduler.add(make_request("b", [1] * 5, max_tokens=2))
     step = scheduler.schedule()
     assert step is not None
-    scheduler.apply(step, StepResult(FakeRank().run(step)))
+    scheduler.apply(step, FakeRank().run(step))
     stats = scheduler.take_stats()
     assert (stats.num_running, stats.num_waiting, stats.steps) == (1, 0, 1)
     assert (stats.num_kv_blocks, stats.num_free_kv_blocks) == (16, 14)
     assert scheduler.take_stats().steps == 0
+
+
+def test_prompt_logprobs_come_chunk_by_chunk_and_once_though_the_prompt_is_computed_twice() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4, max_model_len=16, max_num_batched_tokens=5)
+    old, young = make_request("old", [1, 2], max_tokens=14), make_request("young", [3] * 8, prompt_logprobs=2)
+    scheduler.add(old)
+    scheduler.add(young)
+    asked, runner = [], Runner(scheduler)
+    write = runner.rank.write
+
+    def spy(row: ScheduledRow) -> None:
+        if row.request_id == "young":
+            asked.append(row.prompt_logprobs)
+        write(row)
+
+    runner.rank.write = spy  # type: ignore[method-assign]
+    runner.run()
+    assert scheduler.take_stats().preemptions > 0
+    assert asked[:4] == [PromptLogprobs(0, 3, 2), PromptLogprobs(3, 7, 2), None, None]
+    assert runner.prompt_logprobs("young") == lone_prompt_logprobs(young)
+
+
+def test_a_chunk_that_brings_prompt_logprobs_alone_is_an_output_without_tokens() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=3)
+    scheduler.add(make_request("a", [1, 2, 3, 4, 5], max_tokens=1, prompt_logprobs=0, logprobs=0))
+    runner = Runner(scheduler)
+    runner.run()
+    first, last = runner.outputs["a"]
+    assert (first.token_ids, first.finish_reason, len(first.prompt_logprobs), first.logprobs) == ([], None, 3, [])
+    assert (len(last.token_ids), last.finish_reason, len(last.prompt_logprobs)) == (1, FinishReason.LENGTH, 1)
+    assert [logprobs.token_id for logprobs in last.logprobs] == last.token_ids
+    assert (first.queue_seconds, first.num_cached_tokens) == (1.0, 0)
+    assert (last.queue_seconds, last.num_cached_tokens) == (None, None)
+
+
+def test_a_prompt_of_one_token_has_no_logprobs() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", [1], max_tokens=1, prompt_logprobs=5))
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.rows[0].prompt_logprobs is None
