@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.access_log import AccessLog
+from server.middleware.access_log import AccessLog
 from server.errors import install_error_handlers
 from server.routes import chat, completions, docs, health, models
 from server.service import Service

@@ -1,0 +1,1 @@
+"""What wraps the application: request ids, the access log, keys, limits of bodies."""
