@@ -59,7 +59,7 @@ class Choice:
         if output.finish_reason is not None:
             text += self.detokenizer.finish()
         text = self.stop.feed(text)
-        if self.stop.found:
+        if self.stop.found is not None:
             return Delta(self.index, text, FinishReason.STOP.value)
         if output.finish_reason is not None:
             return Delta(self.index, text + self.stop.finish(), output.finish_reason.value)

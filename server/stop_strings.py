@@ -40,28 +40,32 @@ def _borders(text: str) -> list[int]:
 class StopStrings:
     """Passes text on until a stop string is complete; the stop string itself, or a part of it, never gets through.
 
-    Of several stop strings the one that is complete first counts, of those complete at once the longest.
+    Of several stop strings the one that is complete first counts, of those complete at once the longest. `found` is
+    the one that was found. With `include_in_output` it is passed on whole, as the text's end.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, include_in_output: bool = False) -> None:
         self._patterns = [_Pattern(text) for text in stop]
+        self._include_in_output = include_in_output
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def feed(self, text: str) -> str:
         """Return the text that can be passed on now that `text` has come."""
-        if not self._patterns or self.found:
-            return "" if self.found else text
+        if self.found is not None:
+            return ""
+        if not self._patterns:
+            return text
         for index, character in enumerate(text):
-            complete = [len(pattern.text) for pattern in self._patterns if pattern.feed(character)]
+            complete = [pattern.text for pattern in self._patterns if pattern.feed(character)]
             if complete:
-                self.found = True
-                return self._release(text[: index + 1], max(complete))
+                self.found = max(complete, key=len)
+                return self._release(text[: index + 1], 0 if self._include_in_output else len(self.found))
         return self._release(text, max(pattern.matched for pattern in self._patterns))
 
     def finish(self) -> str:
         """Return what was held back; no more text comes."""
-        return "" if self.found else self._release("", 0)
+        return "" if self.found is not None else self._release("", 0)
 
     def _release(self, text: str, hold: int) -> str:
         available = self._held + text

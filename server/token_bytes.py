@@ -24,7 +24,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes of each token, looked up once. Special tokens and ids without a token stand for nothing.
+    """The bytes of each token, looked up once. `silent_ids` and ids without a token stand for nothing.
 
     `leading_spaces` is how many spaces the tokenizer puts before a text and takes away again: they do not belong to a
     completion that starts the text.
@@ -33,16 +33,18 @@ class TokenBytes(dict[int, bytes]):
         ValueError: on a decoder that is neither byte-level nor of SentencePiece's kind.
     """
 
-    def __init__(self, tokenizer: Tokenizer, decoder: dict[str, Any] | None, special_ids: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, decoder: dict[str, Any] | None, silent_ids: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._special_ids = special_ids
+        self._silent_ids = silent_ids
         steps = _flatten(decoder)
         self.leading_spaces = sum(_leading_spaces(step) for step in steps)
         self._spellings = [spelling for step in steps for spelling in _spelling(step)]
 
     def __missing__(self, token_id: int) -> bytes:
-        token = None if token_id in self._special_ids else self._tokenizer.id_to_token(token_id)
+        token = None if token_id in self._silent_ids else self._tokenizer.id_to_token(token_id)
         self[token_id] = found = b"" if token is None else self._spell(token)
         return found
 

@@ -37,6 +37,9 @@ class _TokenizerFile(msgspec.Struct):
 class Tokenizer:
     """The model's tokenizer.
 
+    `token_bytes` is what each token spells, special tokens being silent; in `token_bytes_with_special` they are
+    written out.
+
     Raises:
         ValueError: naming the file, when it is no tokenizer that can be used.
     """
@@ -55,7 +58,8 @@ class Tokenizer:
         self._tokenizer.no_padding()
         special = frozenset(token.id for token in parts.added_tokens if token.special)
         try:
-            self.token_bytes = TokenBytes(self._tokenizer, parts.decoder, special)
+            self.token_bytes = TokenBytes(self._tokenizer, parts.decoder, silent_ids=special)
+            self.token_bytes_with_special = TokenBytes(self._tokenizer, parts.decoder)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -63,4 +63,4 @@ def _prompt(body: ChatCompletionRequest, service: Service) -> str:
     try:
         return template.render([message.for_template() for message in body.messages])
     except ChatTemplateError as error:
-        raise APIError(f"messages: {error}", param="messages", code="invalid_value") from error
+        raise APIError(f"{error.param}: {error}", param=error.param, code="invalid_value") from error
