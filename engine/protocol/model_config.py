@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ARCHITECTURES = ("LlamaForCausalLM",)  # that engine.models computes
 # Rope types of `rope_scaling` / `rope_parameters` that the engine computes.
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,6 +79,10 @@ class ModelConfig:
             problem = f"and the model's {kv_heads} key-value heads: one must divide the other"
         raise ValueError(f"--tensor-parallel-size {tp_size} {problem}; possible: {possible}")
 
+    def local_kv_heads(self, tp_size: int) -> int:
+        """Return how many key-value heads each of `tp_size` ranks holds: its share, or one that several ranks hold."""
+        return max(1, self.num_key_value_heads // tp_size)
+
     def check_max_model_len(self, max_model_len: int | None) -> None:
         """Raise ValueError if the model knows no positions that far; None is whatever it knows."""
         longest = self.max_position_embeddings
@@ -128,10 +133,8 @@ class _Fields:
 
 def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
     get = _Fields(raw, path)
+    architecture = _parse_architecture(raw, get)
     _refuse_what_is_not_computed(raw, get)
-    architectures = raw.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise get.error("architectures", "must be a list with the model class's name")
     hidden_size = get.integer("hidden_size")
     heads = get.integer("num_attention_heads")
     kv_heads = get.integer("num_key_value_heads", heads)
@@ -139,7 +142,7 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         raise get.error("num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads ({heads})")
     max_positions = get.integer("max_position_embeddings", 2048)
     return ModelConfig(
-        architecture=architectures[0],
+        architecture=architecture,
         vocab_size=get.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=get.integer("intermediate_size"),
@@ -155,6 +158,15 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         tie_word_embeddings=get.flag("tie_word_embeddings", False),
         dtype=_parse_dtype(raw, get),
     )
+
+
+def _parse_architecture(raw: dict[str, Any], get: _Fields) -> str:
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise get.error("architectures", "must be a list with the model class's name")
+    if names[0] not in ARCHITECTURES:
+        raise get.error("architectures", f"names {names[0]}, which is not known; known: {', '.join(ARCHITECTURES)}")
+    return names[0]
 
 
 def _refuse_what_is_not_computed(raw: dict[str, Any], get: _Fields) -> None:

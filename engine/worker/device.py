@@ -21,7 +21,7 @@ def choose_device(engine: EngineConfig, local_rank: int) -> torch.device:
         ValueError: naming the option, if CUDA is asked for and not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if engine.device == "cpu" or (engine.device == "auto" and not _is_one_each(count, _ranks_on_host(engine))):
+    if engine.device == "cpu" or (engine.device == "auto" and not _is_one_each(count, ranks_on_host(engine))):
         return torch.device("cpu")
     if local_rank >= count:
         raise ValueError(f"--device {engine.device}: rank needs CUDA device {local_rank}, and {count} are visible")
@@ -36,13 +36,13 @@ def choose_dtype(engine: EngineConfig, config: ModelConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def set_threads(ranks_on_host: int) -> None:
+def set_threads(num_ranks: int) -> None:
     """Share the cores that this host or container gives between its ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, num_cpus() // ranks_on_host))
+        torch.set_num_threads(max(1, num_cpus() // num_ranks))
 
 
-def _ranks_on_host(engine: EngineConfig) -> int:
+def ranks_on_host(engine: EngineConfig) -> int:
     """Return how many ranks run here, as torchrun and our own launcher say; alone, all of them do."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE")
     return int(local or engine.tensor_parallel_size)

@@ -22,7 +22,7 @@ from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBat
 from engine.protocol.model_config import ModelConfig
 from engine.scheduler.scheduler import Scheduler
 from engine.worker import kv_tensors
-from engine.worker.device import choose_device, choose_dtype, set_threads
+from engine.worker.device import choose_device, choose_dtype, ranks_on_host, set_threads
 from engine.worker.follower import Follower
 from engine.worker.leader import Leader
 from engine.worker.model_runner import ModelRunner
@@ -75,7 +75,7 @@ def _set_up(
     spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]", control: Channel
 ) -> Leader | Follower:
     """Say HELLO, load, agree with the other ranks, allocate; return what runs this rank's steps."""
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+    set_threads(ranks_on_host(spec.engine))
     device = choose_device(spec.engine, int(os.environ.get("LOCAL_RANK", rank)))
     control.send(
         Hello(
@@ -106,14 +106,13 @@ def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> 
         model=model,
         device=device,
         dtype=dtype,
-        num_kv_heads=max(1, config.num_key_value_heads // group.world_size),
+        num_kv_heads=config.local_kv_heads(group.world_size),
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
     )
 
 
 def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: Channel) -> Start:
     """Say READY and wait until the orchestrator has found all ranks alike."""
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
     kv_block_bytes = kv_tensors.block_bytes(
         shard.config, block_size=spec.engine.block_size, num_kv_heads=shard.num_kv_heads, dtype=shard.dtype
     )
@@ -121,7 +120,7 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
         spec.engine,
         shard.config,
         bytes_per_block=kv_block_bytes,
-        free_memory=kv_tensors.free_memory_share(shard.device, ranks_on_host),
+        free_memory=kv_tensors.free_memory_share(shard.device, ranks_on_host(spec.engine)),
     )
     control.send(
         Ready(

@@ -16,8 +16,8 @@ from engine.attention.torch_paged import PagedAttention
 from engine.checkpoint.huggingface import load_weights
 from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
-from engine.models.registry import build_model
-from engine.protocol.model_config import ModelConfig
+from engine.models.registry import MODEL_CLASSES, build_model
+from engine.protocol.model_config import ARCHITECTURES, ModelConfig
 from tests.checkpoints import HEADS, random_llama
 from tests.distributed import run_on_ranks
 
@@ -148,10 +148,5 @@ def test_rotary_frequencies_are_bit_for_bit_those_of_transformers(seed: int, tmp
     assert torch.equal(inverse_frequencies(64, ModelConfig.from_directory(directory).rope), theirs)
 
 
-def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path) -> None:
-    directory = random_llama(tmp_path, 0)
-    path = directory / "config.json"
-    path.write_text(path.read_text().replace("LlamaForCausalLM", "NobodyForCausalLM"))
-    config = ModelConfig.from_directory(directory)
-    with pytest.raises(ValueError, match="architecture NobodyForCausalLM is not known; known: LlamaForCausalLM"):
-        build_model(config, CommunicationHandler(CPU), device=CPU, dtype=torch.float32)
+def test_each_architecture_that_config_json_may_name_has_a_class() -> None:
+    assert tuple(MODEL_CLASSES) == ARCHITECTURES

@@ -189,6 +189,13 @@ def test_a_switch_that_is_no_boolean_is_refused(tmp_path: Path, field: str, valu
     assert error_of(tmp_path, **{field: value}) == f"{field} must be true or false, not {value!r}"
 
 
+def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path) -> None:
+    assert (
+        error_of(tmp_path, architectures=["NobodyForCausalLM"])
+        == "architectures names NobodyForCausalLM, which is not known; known: LlamaForCausalLM"
+    )
+
+
 @pytest.mark.parametrize("value", [None, [], "LlamaForCausalLM", [3], {}])
 def test_architectures_must_name_a_class(tmp_path: Path, value: object) -> None:
     assert error_of(tmp_path, architectures=value) == "architectures must be a list with the model class's name"
