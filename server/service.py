@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random, SystemRandom
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -25,9 +25,10 @@ from server.threads import in_daemon_thread
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_SEQUENCES = 1024  # of one API request
-MAX_LONG_ENCODES = 2  # at once
+MAX_LONG_WORK = 2  # texts tokenized or rendered beside the event loop at once
 LONG_TEXT = 20_000  # characters that take some 10 ms to tokenize: too long to let every stream wait
 
 
@@ -88,7 +89,7 @@ class Service:
     model: TextModel
     engine: EngineClient
     metrics: Metrics
-    encoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_ENCODES))
+    long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_WORK))
 
     @property
     def max_model_len(self) -> int:
@@ -112,14 +113,31 @@ class Service:
         least = max(map(tokenizer.least_tokens, texts))
         if least >= self.max_model_len:
             raise _too_long(f"the prompt has at least {least} tokens, which leaves no room in it", self, param)
+        return await self.tokenize(texts, add_special_tokens=add_special_tokens)
+
+    async def tokenize(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return each text's token ids, however many.
+
+        Raises:
+            APIError: (503) when the service ends meanwhile.
+        """
+        tokenizer = self.model.tokenizer
         if sum(map(len, texts)) <= LONG_TEXT:
             return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-        work = partial(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
-        return await self.engine.unless_closed(self._encode_aside(work))
+        return await self.aside(partial(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens))
 
-    async def _encode_aside(self, work: Callable[[], list[list[int]]]) -> list[list[int]]:
-        async with self.encoding:
-            return await in_daemon_thread(work)
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Return what `work`, which takes long, returns; the event loop goes on meanwhile.
+
+        Raises:
+            APIError: (503) when the service ends meanwhile.
+        """
+
+        async def one_of_few() -> T:
+            async with self.long_work:
+                return await in_daemon_thread(work)
+
+        return await self.engine.unless_closed(one_of_few())
 
     def generation(
         self,
