@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -43,6 +44,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 CORPUS = ["the quick brown fox jumps over the lazy dog " * 3, "def main():\n    return 'hello world'\n", "0123456789"]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
 MAX_MODEL_LEN = 256
 VOCAB_SIZE = 600  # more than the tokenizer has, as in padded checkpoints
 
@@ -62,6 +65,9 @@ def byte_level_tokenizer() -> Tokenizer:
     frame = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[frame])
     return tokenizer
+
+
+TOKENIZER = byte_level_tokenizer()
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
@@ -264,6 +270,26 @@ def openai_client(url: str) -> Iterator[openai.OpenAI]:
 
 def post(server: RunningServer, path: str, body: object) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=body, timeout=30)
+
+
+def events(response: httpx.Response) -> list[str]:
+    """Return a stream's events."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+
+
+def body_of(base: dict[str, Any], changed: dict[str, Any]) -> bytes:
+    return json.dumps({**base, **changed}).encode()  # unlike httpx's own encoding this one writes NaN
+
+
+def refusal(server: RunningServer, path: str, body: bytes) -> dict[str, Any]:
+    response = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"}, timeout=30)
+    assert response.status_code == 400
+    error: dict[str, Any] = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert sorted(error) == ["code", "message", "param", "type"]
+    assert server.engine.requests == []
+    return error
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:

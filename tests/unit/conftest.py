@@ -1,0 +1,33 @@
+"""The server before a scripted engine, as the tests of the API take it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.unit.server_support import RunningServer, openai_client, running_server, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), temperature=0.5, top_p=0.9)
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[RunningServer]:
+    with running_server(model) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai_client(server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def idle_server(model: Path) -> Iterator[RunningServer]:
+    """For requests that never reach the engine."""
+    with running_server(model) as server:
+        yield server
