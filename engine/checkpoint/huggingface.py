@@ -48,9 +48,50 @@ def load_weights(model: nn.Module, directory: Path, tp_rank: int, tp_size: int) 
     """
     targets = _targets(model)
     with WeightFiles(directory) as files:
-        files.check_no_extras({source for target in targets for source in target.all_sources()})
+        for problem in files.extras({source for target in targets for source in target.all_sources()}):
+            raise ValueError(problem)
         for target in targets:
             _fill(target, files, tp_rank, tp_size)
+
+
+def header_problems(model: nn.Module, directory: Path) -> Iterator[str]:
+    """Yield each reason why `load_weights` would refuse `directory`, as the files' headers show them.
+
+    Args:
+        model: whole, as one rank holds it; on any device, `meta` included. Its parameters are left alone.
+        directory: a Hugging Face model directory.
+
+    Raises:
+        ValueError: naming the file, when one cannot be opened at all.
+    """
+    targets = _targets(model)
+    with WeightFiles(directory) as files:
+        yield from files.extras({source for target in targets for source in target.all_sources()})
+        for piece in (piece for target in targets for piece in _pieces(target, 0, 1)):
+            for source in files.present(piece.sources):
+                if problem := files.problem_of(source, piece.wanted.global_shape):
+                    yield problem
+
+
+def value_problems(model: nn.Module, directory: Path) -> Iterator[str]:
+    """Yield each reason why `load_weights` would refuse the numbers in `directory`, whose headers are as they should.
+
+    Only tensors whose numbers can be wrong are read, one at a time: those that float16 may not hold, and those that
+    config.json ties into one.
+
+    Args:
+        model: see `header_problems`; of the dtype that the weights would be loaded in.
+        directory: a Hugging Face model directory.
+    """
+    with WeightFiles(directory) as files:
+        for piece in (piece for target in _targets(model) for piece in _pieces(target, 0, 1)):
+            sources = files.present(piece.sources)
+            if len(sources) == 1 and not (piece.run.dtype == torch.float16 and files.dtype_of(sources[0]) != "F16"):
+                continue
+            try:
+                _copy(torch.empty_like(piece.run, device="cpu"), sources, files, piece.wanted)
+            except ValueError as error:
+                yield str(error)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -125,19 +166,27 @@ class WeightFiles:
         if not any(name.startswith(BASE_MODEL_PREFIX) for name in self._path_of):
             self._prefix = BASE_MODEL_PREFIX
 
-    def check_no_extras(self, names: set[str]) -> None:
-        """Raise ValueError if there is a tensor that is none of `names`, nor derived from the configuration."""
+    def extras(self, names: set[str]) -> Iterator[str]:
+        """Yield one line if there are tensors that are none of `names`, nor derived from the configuration."""
         expected = {name.removeprefix(self._prefix) for name in names}
         extras = sorted(name for name in self._path_of if name not in expected and not name.endswith(DERIVED_TENSORS))
         if extras:
             more = f", nor has it for {len(extras) - 1} more" if len(extras) > 1 else ""
-            raise ValueError(
+            yield (
                 f"{self._path_of[extras[0]]}: the model that config.json describes has no place for "
                 f"tensor {extras[0]}{more}"
             )
 
     def __contains__(self, name: str) -> bool:
         return name.removeprefix(self._prefix) in self._path_of
+
+    def present(self, names: list[str]) -> list[str]:
+        """Return those of one tensor's `names` that the files have; where they have none, the first."""
+        return [name for name in names if name in self] or names[:1]
+
+    def dtype_of(self, name: str) -> str:
+        """Return the type of a tensor that is there, as safetensors spells it."""
+        return str(self._slice(name.removeprefix(self._prefix)).get_dtype())
 
     def path_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
@@ -149,15 +198,24 @@ class WeightFiles:
         Raises:
             ValueError: if the tensor is missing, or not of the expected shape, or of a type that is not read.
         """
-        name = name.removeprefix(self._prefix)
-        if name not in self._path_of:
-            raise ValueError(f"{self._listing}: tensor {name} is missing")
-        tensor = self._handles[self._path_of[name]].get_slice(name)
-        problem = _problem_of(tensor.get_dtype(), tensor.get_shape(), wanted.global_shape)
+        problem = self.problem_of(name, wanted.global_shape)
         if problem:
-            raise ValueError(f"{self._path_of[name]}: tensor {name} {problem}")
+            raise ValueError(problem)
+        tensor = self._slice(name.removeprefix(self._prefix))
         values: Tensor = torch.empty(wanted.local_shape) if wanted.is_empty else tensor[wanted.index]
         return values
+
+    def problem_of(self, name: str, global_shape: list[int]) -> str:
+        """Return why a tensor cannot be read as one of `global_shape`; nothing if it can."""
+        name = name.removeprefix(self._prefix)
+        if name not in self._path_of:
+            return f"{self._listing}: tensor {name} is missing"
+        tensor = self._slice(name)
+        problem = _problem_of(tensor.get_dtype(), tensor.get_shape(), global_shape)
+        return f"{self._path_of[name]}: tensor {name} {problem}" if problem else ""
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._path_of[name]].get_slice(name)
 
 
 @dataclass(frozen=True)
@@ -230,23 +288,43 @@ def _source_name(name: str, part: ShardPart | None) -> str:
     return ".".join((*modules, part.source, own_name))
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A run of a parameter, the padding behind it, and what of which checkpoint tensor belongs there."""
+
+    run: Tensor
+    padding: Tensor
+    sources: list[str]
+    wanted: _Slice
+
+
 def _fill(target: _Target, files: WeightFiles, tp_rank: int, tp_size: int) -> None:
+    for piece in _pieces(target, tp_rank, tp_size):
+        _copy(piece.run, piece.sources, files, piece.wanted)
+        piece.padding.zero_()
+
+
+def _pieces(target: _Target, tp_rank: int, tp_size: int) -> Iterator[_Piece]:
     values, dim = target.parameter.data, target.spec.dim
     if dim is None:
-        _copy(values, target.sources(None), files, _Slice(list(values.shape)))
+        yield _Piece(values, values.new_empty(0), target.sources(None), _Slice(list(values.shape)))
         return
     for part, offset in target.spec.places():
         start, stop = part.bounds(tp_rank, tp_size)
         used = stop - start
         run = values.narrow(dim, offset, part.local_size)
         global_shape = [*values.shape[:dim], part.global_size, *values.shape[dim + 1 :]]
-        _copy(run.narrow(dim, 0, used), target.sources(part), files, _Slice(global_shape, dim, start, stop))
-        run.narrow(dim, used, part.local_size - used).zero_()
+        yield _Piece(
+            run.narrow(dim, 0, used),
+            run.narrow(dim, used, part.local_size - used),
+            target.sources(part),
+            _Slice(global_shape, dim, start, stop),
+        )
 
 
 def _copy(run: Tensor, sources: list[str], files: WeightFiles, wanted: _Slice) -> None:
     """Copy the first of `sources` that the files have; where they have others too, these must be the same."""
-    first, *others = [source for source in sources if source in files] or sources[:1]
+    first, *others = files.present(sources)
     values = files.read(first, wanted)
     run.copy_(values)
     if run.dtype == torch.float16 and values.dtype != torch.float16 and not bool(run.isfinite().all()):
