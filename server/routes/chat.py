@@ -10,10 +10,9 @@ from starlette.responses import Response
 from server.api.chunks import ChatChunks
 from server.api.requests import ChatCompletionRequest
 from server.api.responses import AssistantMessage, ChatChoice, ChatCompletionResponse, Usage
-from server.chat_template import ChatTemplateError
-from server.errors import APIError
+from server.chat_prompt import chat_prompt
 from server.routes.documentation import GENERATION_RESPONSES
-from server.service import Prompts, Service, ServiceOf
+from server.service import Prompts, ServiceOf
 from server.streaming import EventStream, collect, events_of, usage_of
 
 router = APIRouter()
@@ -31,7 +30,14 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     arrival = time.perf_counter()
     service.engine.require_ready()
     service.check_model(body.model)
-    ids = await service.encode("messages", [_prompt(body, service)], add_special_tokens=False)
+    prompt = await chat_prompt(
+        service,
+        [message.for_template() for message in body.messages],
+        add_generation_prompt=True,
+        continue_final_message=False,
+        kwargs={},
+    )
+    ids = await service.encode("messages", [prompt], add_special_tokens=False)
     response_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = service.generation(body, response_id, Prompts("messages", ids), None, arrival)
     if body.stream:
@@ -50,17 +56,3 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
         usage=Usage(**usage_of(generation)),
     )
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def _prompt(body: ChatCompletionRequest, service: Service) -> str:
-    template = service.model.chat_template
-    if template is None:
-        raise APIError(
-            "The model has no chat template: use /v1/completions, or serve it with --chat-template.",
-            param="messages",
-            code="no_chat_template",
-        )
-    try:
-        return template.render([message.for_template() for message in body.messages])
-    except ChatTemplateError as error:
-        raise APIError(f"{error.param}: {error}", param=error.param, code="invalid_value") from error
