@@ -7,9 +7,8 @@ from engine.protocol.messages import GroupStatus
 from server.service import TextModel
 
 
-def banner(status: GroupStatus, engine: EngineConfig, model: TextModel, listener: socket.socket) -> str:
-    """Return a few lines: model, ranks, memory, context and address."""
-    url = listening_url(listener)
+def banner(status: GroupStatus, engine: EngineConfig, model: TextModel, url: str) -> str:
+    """Return a few lines: model, ranks, memory, context and address, which is `url`."""
     ranks = [f"{rank.rank}: pid {rank.pid} on {rank.host}, {rank.device}" for rank in status.ranks]
     memory = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(size)}" for kind, size in status.memory.items())
     lines = [
@@ -23,11 +22,11 @@ def banner(status: GroupStatus, engine: EngineConfig, model: TextModel, listener
     return "\n".join(["ryzanstein is ready", *(f"  {name:<9} {text}" for name, text in lines)])
 
 
-def listening_url(listener: socket.socket) -> str:
+def listening_url(listener: socket.socket, scheme: str) -> str:
     """Return the address that `listener` is bound to, as a URL; any address is shown as this machine's."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def format_bytes(size: float) -> str:

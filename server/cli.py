@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,10 @@ from typing import NoReturn
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
 from server.config import ServerConfig
+from server.credentials import Credentials
 from server.launch import EngineProcess
 from server.listener import listen
+from server.logs import configure_logging
 from server.model_files import ModelFiles
 from server.options import (
     Value,
@@ -110,8 +111,8 @@ def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> 
 
 def _serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Check what is cheap to check, start the engine, and import and build the server while it loads."""
-    logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the banner says it better
+    configure_logging(server.log_level)
+    credentials = Credentials.load(server)
     with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
         model_config = ModelConfig.from_directory(engine.model)
         model_config.check_tensor_parallel_size(engine.tensor_parallel_size)
@@ -124,4 +125,4 @@ def _serve(engine: EngineConfig, server: ServerConfig) -> int:
         from server.run import run  # noqa: PLC0415
         from server.service import TextModel  # noqa: PLC0415
 
-        return run(listener, process, TextModel.load(files, server, model_config), server)
+        return run(listener, process, TextModel.load(files, server, model_config), server, credentials)

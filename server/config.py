@@ -1,12 +1,16 @@
 """The HTTP side's options: one definition of each name, default and help text, as in `engine.protocol.config`."""
 
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
+ANY = ("*",)
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,23 +23,73 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 takes requests from other machines")
     port: int = option(8000, "TCP port to listen on; 0 picks a free one")
+    root_path: str = option("", "path under which a proxy that strips it shows the service, such as /llm")
     served_model_name: str | None = option(None, "the model's name in the API; the directory's name when left out")
     chat_template: str | None = option(None, "file with a Jinja chat template to use instead of the model's own")
     seed: int | None = option(
         None, "makes requests without a seed repeatable: theirs are drawn from this one, in order of arrival"
     )
+    api_key: str | None = option(
+        None,
+        "key that requests must send as `Authorization: Bearer KEY`; other users of the machine can read it on the "
+        "command line: prefer the variable or --api-key-file",
+        secret=True,
+    )
+    api_key_file: str | None = option(None, "file that holds the API key")
+    ssl_certfile: str | None = option(None, "PEM file of the certificate (with its chain) to serve HTTPS with")
+    ssl_keyfile: str | None = option(None, "PEM file of the certificate's key; in --ssl-certfile when left out")
+    ssl_keyfile_password: str | None = option(None, "password of an encrypted key", secret=True)
+    ssl_ca_certs: str | None = option(None, "PEM file of the authorities whose client certificates are taken")
+    ssl_cert_reqs: int = option(0, "client certificates: 0 not asked for, 1 checked when sent, 2 required")
+    allowed_origins: tuple[str, ...] = option((), "web origins whose pages may call the API (CORS); * is any")
+    allowed_methods: tuple[str, ...] = option(ANY, "methods that those pages may use")
+    allowed_headers: tuple[str, ...] = option(ANY, "request headers that those pages may send")
+    allow_credentials: bool = option(False, "let those pages send cookies and other credentials of the browser")
+    max_body_size: int = option(16 * 2**20, "largest request body", unit="bytes")
     access_log: bool = option(True, "write one line for each request, without its body")
     log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"--{item.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
+        self._check_choices()
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be between 0 and 65535, not {self.port}")
         if self.served_model_name == "":
             raise ValueError("--served-model-name must not be empty")
+        if not _ROOT_PATH.fullmatch(self.root_path):
+            raise ValueError(f"--root-path must be like /llm or /a/b, not {self.root_path!r}")
+        if not 1 <= self.max_body_size < 2**40:
+            raise ValueError(f"--max-body-size must be between 1 and 2**40 bytes, not {self.max_body_size}")
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("--api-key and --api-key-file both hold the key: give one of them")
+        self._check_tls()
+        self._check_cors()
+
+    def _check_choices(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"--{item.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
+
+    def _check_tls(self) -> None:
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ValueError(f"--ssl-cert-reqs must be 0, 1 or 2, not {self.ssl_cert_reqs}")
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name.replace('_', '-')} has no effect without --ssl-certfile")
+        if bool(self.ssl_cert_reqs) != (self.ssl_ca_certs is not None):
+            raise ValueError("--ssl-ca-certs and --ssl-cert-reqs 1 or 2 go together: neither has an effect alone")
+
+    def _check_cors(self) -> None:
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"--allowed-origins must be * or like https://example.org, not {origin!r}")
+        if "*" in self.allowed_origins and self.allow_credentials:
+            raise ValueError("--allow-credentials needs --allowed-origins by name: with * any page could use them")
+        if not self.allowed_origins:
+            for name, default in (("allowed_methods", ANY), ("allowed_headers", ANY), ("allow_credentials", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name.replace('_', '-')} has no effect without --allowed-origins")
 
     def model_name(self, model: str) -> str:
         """Return the name under which the API offers the model in directory `model`."""

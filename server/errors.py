@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from server.logs import REQUEST_ID
+
 INVALID_REQUEST = "invalid_request_error"
 INTERNAL = "internal_error"
 UNAVAILABLE = "service_unavailable"
@@ -71,14 +73,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         405: f"Not allowed to {request.method} on {request.url.path}.",
     }
     message = messages.get(error.status_code, str(error.detail))
-    codes = {404: "unknown_url", 405: "method_not_supported"}
+    codes = {404: "unknown_url", 405: "method_not_supported", 413: "body_too_large"}
     kind = INVALID_REQUEST if error.status_code < 500 else INTERNAL
     api_error = APIError(message, status=error.status_code, type=kind, code=codes.get(error.status_code, ""))
     return api_error.response(error.headers)
 
 
 async def _on_exception(_: Request, __: Exception) -> Response:
-    return APIError("The server failed on this request; its log says why.", status=500, type=INTERNAL).response()
+    message = f"The server failed on this request; its log says why, under the request's id {REQUEST_ID.get()}."
+    return APIError(message, status=500, type=INTERNAL).response()
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine.protocol.config import EngineConfig, RankSpec
+from server.options import ENVIRONMENT_PREFIX
 
 ORCHESTRATOR = (sys.executable, "-P", "-m", "engine.orchestrator")
 LONGEST_RUN_DIR = 70  # bytes; the sockets in it have names, and their paths end at 107
@@ -39,7 +40,11 @@ class EngineProcess:
         spec_path = self.run_dir / "spec.json"
         spec_path.write_bytes(msgspec.json.encode(self.spec))
         return subprocess.Popen(
-            [*command, str(spec_path)], stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
+            [*command, str(spec_path)],
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+            start_new_session=True,
         )
 
     @property
@@ -65,6 +70,11 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         shutil.rmtree(self.run_dir, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """Return ours without options: the engine's are in its spec, and the server's hold secrets."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
 
 
 def _make_run_dir() -> Path:

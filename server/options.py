@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -58,9 +58,21 @@ class Option:
         """
         if value is None and self.optional:
             return None
+        if self.field.metadata["secret"] and not isinstance(value, str):
+            raise ValueError("must be text")  # errors of other options show the value
         if self.field.metadata["unit"] == "bytes":
             return parse_size(value)
         return _PARSERS[self.type](value)
+
+    @property
+    def default(self) -> str:
+        """The default as people write it; empty when there is none."""
+        default: Any = self.field.default
+        if self.field.metadata["unit"] == "bytes" and default is not None:
+            return _format_size(default)
+        if self.type is tuple:
+            return ",".join(default)
+        return "" if default is None else str(default)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ def options_of(config: type) -> list[Option]:
 
 
 def _option(item: "Field[Any]", hint: Any) -> Option:
+    if get_origin(hint) is tuple:
+        return Option(item, tuple, optional=False)
     if isinstance(hint, UnionType):
         inner = next(argument for argument in get_args(hint) if argument is not type(None))
         return Option(item, inner, optional=True)
@@ -96,6 +110,14 @@ def parse_size(value: object) -> int:
     if size >= MAX_SIZE:
         raise ValueError(f"must be less than 2**63 bytes, not {value!r}")
     return int(size)
+
+
+def _format_size(size: int) -> str:
+    """Return what `parse_size` reads as this size: 16MiB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size % factor == 0:
+            return f"{size // factor}{unit}"
+    return str(size)
 
 
 def _parse_text(value: object) -> str:
@@ -121,11 +143,21 @@ def _parse_switch(value: object) -> bool:
     return word in TRUE_WORDS
 
 
+def _parse_list(value: object) -> tuple[str, ...]:
+    """Return the words of `a, b` or, from a file, of a list."""
+    words = value if isinstance(value, list) else _parse_text(value).split(",")
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError(f"must be a list of texts, not {value!r}")
+    return tuple(word.strip() for word in words if word.strip())
+
+
 _PARSERS: Mapping[type, Callable[[object], object]] = {
     str: _parse_text,
+    tuple: _parse_list,
     int: _parse_whole_number,
     bool: _parse_switch,
 }
+_METAVARS: Mapping[type, str] = {str: "TEXT", tuple: "TEXT,TEXT", int: "N"}
 
 
 def add_options(parser: argparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
@@ -140,12 +172,12 @@ def _argument(option: Option) -> dict[str, Any]:
     if option.type is bool:
         return {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
     words = "|".join(option.field.metadata["choices"])
-    kind = "SIZE" if option.field.metadata["unit"] == "bytes" else "N" if option.type is int else "TEXT"
+    kind = "SIZE" if option.field.metadata["unit"] == "bytes" else _METAVARS[option.type]
     return {"metavar": words or kind, "default": argparse.SUPPRESS}
 
 
 def _help(option: Option) -> str:
-    default = "" if option.field.default is None else f"default {option.field.default}; "
+    default = f"default {option.default}; " if option.default else ""
     return f"{option.field.metadata['help']} ({default}{option.variable})".replace("%", "%%")
 
 

@@ -4,17 +4,17 @@ import asyncio
 import contextlib
 import socket
 import sys
-from collections.abc import Generator
 
-import uvicorn
 import uvloop
 import zmq.asyncio
 
 from engine.protocol.messages import GroupStatus
 from server.app import create_app
-from server.banner import banner
+from server.banner import banner, listening_url
 from server.config import ServerConfig
+from server.credentials import Credentials
 from server.engine_client import EngineClient
+from server.http_server import HTTPServer
 from server.launch import EngineProcess
 from server.metrics import Metrics
 from server.service import Service, TextModel
@@ -23,41 +23,20 @@ from server.supervisor import Supervisor
 from server.threads import in_daemon_thread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
-GRACE_SECONDS = 2  # for error events to reach slow clients
-KEEP_ALIVE_SECONDS = 30
 STOPPING = "The server is shutting down."
 
 
-class _HTTPServer(uvicorn.Server):
-    """Leaves signals to us, since an end has more parts than the HTTP server's, and sleeps longer while it is idle."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._stopping = asyncio.Event()
-
-    def stop(self) -> None:
-        """Take no more connections, and end when the open ones have."""
-        self.should_exit = True
-        self._stopping.set()
-
-    async def main_loop(self) -> None:
-        """Wait for the end; wake up once a second, to set the responses' Date header."""
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), 1.0)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-def run(listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig) -> int:
+def run(
+    listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig, credentials: Credentials
+) -> int:
     """Serve until a signal comes or the engine fails, and return the exit code."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(listener, process, model, config))
+        return runner.run(_serve(listener, process, model, config, credentials))
 
 
-async def _serve(listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig) -> int:
+async def _serve(
+    listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig, credentials: Credentials
+) -> int:
     stopping = asyncio.create_task(_stop_signal())
     context = zmq.asyncio.Context()
     metrics = Metrics()
@@ -66,9 +45,11 @@ async def _serve(listener: socket.socket, process: EngineProcess, model: TextMod
 
     def announce(status: GroupStatus) -> None:
         ready.set()
-        sys.stderr.write(banner(status, process.spec.engine, model, listener) + "\n")
+        url = listening_url(listener, "http" if credentials.tls is None else "https")
+        sys.stderr.write(banner(status, process.spec.engine, model, url) + "\n")
 
-    http = _http_server(Service(model, client, metrics), config)
+    app = create_app(Service(model, client, metrics), config, credentials)
+    http = HTTPServer(app, config, credentials)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, announce).run())
     try:
@@ -102,19 +83,3 @@ async def _stop_signal() -> None:
     # Not the loop's own handlers: between their end and the process's a signal would kill it.
     on_stop_signal(tell)
     await arrived.wait()
-
-
-def _http_server(service: Service, config: ServerConfig) -> _HTTPServer:
-    return _HTTPServer(
-        uvicorn.Config(
-            create_app(service, access_log=config.access_log),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-    )

@@ -110,7 +110,7 @@ class ServiceProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self._lines.append(line)
-            if found := re.search(r"http://[\d.]+:\d+", line):
+            if found := re.search(r"https?://[\d.]+:\d+", line):
                 self.url = self.url or found[0]
                 self._url_seen.set()
         self._url_seen.set()

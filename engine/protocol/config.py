@@ -10,7 +10,9 @@ import msgspec
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
 
-def option(default: Any, help: str, *, short: str = "", choices: tuple[str, ...] = (), unit: str = "") -> Any:
+def option(
+    default: Any, help: str, *, short: str = "", choices: tuple[str, ...] = (), unit: str = "", secret: bool = False
+) -> Any:
     """Declare one option of a config dataclass.
 
     Args:
@@ -19,8 +21,10 @@ def option(default: Any, help: str, *, short: str = "", choices: tuple[str, ...]
         short: a second, short spelling such as `-tp`.
         choices: the words it takes, if it takes only some.
         unit: "bytes" for sizes, which may be written as `4GiB`.
+        secret: whether its value is never shown.
     """
-    return field(default=default, metadata={"help": help, "short": short, "choices": choices, "unit": unit})
+    metadata = {"help": help, "short": short, "choices": choices, "unit": unit, "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def _largest(unit: str) -> int:

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import uvicorn
 import zmq.asyncio
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -32,7 +31,9 @@ from engine.protocol.messages import (
 from engine.protocol.model_config import ModelConfig
 from server.app import create_app
 from server.config import ServerConfig
+from server.credentials import Credentials
 from server.engine_client import EngineClient
+from server.http_server import HTTPServer
 from server.listener import listen
 from server.metrics import Metrics
 from server.model_files import ModelFiles
@@ -184,21 +185,24 @@ class ScriptedEngine:
 class RunningServer:
     """The server in a thread, with its scripted engine."""
 
-    def __init__(self, model: Path, *, ready: bool = True) -> None:
+    def __init__(self, model: Path, *, ready: bool, config: ServerConfig) -> None:
         self.engine = ScriptedEngine(Tokenizer.from_file(str(model / "tokenizer.json")))
         self._model = model
         self._ready = ready
+        self._config = replace(config, served_model_name="scripted")
+        self._credentials = Credentials.load(config)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._listener = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        scheme = "http" if self._credentials.tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def start(self) -> None:
         self._thread.start()
         assert self._started.wait(30)
 
     def stop(self) -> None:
-        self.call(self._stop)
+        self.call(self._http.stop)
         self._thread.join(30)
         assert not self._thread.is_alive()
 
@@ -214,18 +218,15 @@ class RunningServer:
         """Have the engine send statistics."""
         asyncio.run_coroutine_threadsafe(self._channel.send(report), self._loop).result(10)
 
-    def _stop(self) -> None:
-        self._http.should_exit = True
-
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         context = zmq.asyncio.Context()
         metrics = Metrics()
         self.client = EngineClient(context, metrics)
-        files, config = ModelFiles.read(str(self._model)), ServerConfig(served_model_name="scripted")
-        text_model = TextModel.load(files, config, ModelConfig.from_directory(self._model))
-        app = create_app(Service(text_model, self.client, metrics))
-        self._http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
+        files = ModelFiles.read(str(self._model))
+        text_model = TextModel.load(files, self._config, ModelConfig.from_directory(self._model))
+        app = create_app(Service(text_model, self.client, metrics), self._config, self._credentials)
+        self._http = HTTPServer(app, self._config, self._credentials)
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
             self._channel = AsyncChannel(context, 1, RequestBatch)
             endpoint = self._channel.bind(f"ipc://{folder}/engine")
@@ -253,8 +254,8 @@ def ready_status(endpoint: str) -> GroupStatus:
 
 
 @contextmanager
-def running_server(model: Path, *, ready: bool = True) -> Iterator[RunningServer]:
-    server = RunningServer(model, ready=ready)
+def running_server(model: Path, *, ready: bool = True, **options: Any) -> Iterator[RunningServer]:
+    server = RunningServer(model, ready=ready, config=ServerConfig(**options))
     server.start()
     try:
         yield server

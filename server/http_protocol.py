@@ -1,0 +1,115 @@
+"""Bounds that uvicorn leaves to a proxy: how long a request's header may be, and how long it may take to arrive."""
+
+import asyncio
+import logging
+import uuid
+from http import HTTPStatus
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server.errors import APIError
+from server.middleware.request_id import REQUEST_ID_HEADER
+
+LOGGER = logging.getLogger("ryzanstein.access")
+MAX_HEADER_SIZE = 64 * 1024  # request line and header fields; trailers; what comes before a chunk
+ARRIVAL_SECONDS = 60.0  # for a whole request, from its first byte
+
+
+class BoundedHTTPProtocol(HttpToolsProtocol):
+    """One connection. What breaks HTTP or a bound is answered in OpenAI's shape, and the connection closed."""
+
+    arrival_seconds = ARRIVAL_SECONDS
+    _arrival: asyncio.TimerHandle | None = None
+    _unclaimed = 0  # bytes since the last piece of a body: all of them belong to one header
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the client as long for its first request as for the next ones."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._end_arrival()
+
+    def data_received(self, data: bytes) -> None:
+        """Take the next bytes, of a request or of several."""
+        self._begin_arrival()
+        self._unclaimed += len(data)
+        super().data_received(data)
+        if self._unclaimed > MAX_HEADER_SIZE and not self.transport.is_closing():
+            self._refuse_header()
+
+    def on_message_begin(self) -> None:
+        """Take the first byte of a request, which may share a packet with the end of another."""
+        super().on_message_begin()
+        self._begin_arrival()
+
+    def on_headers_complete(self) -> None:
+        """Take a whole header."""
+        size = len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+        if size > MAX_HEADER_SIZE:
+            self._refuse_header()
+            raise ValueError  # ends the parsing
+        super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """Take the announcement of a chunk."""
+        self._unclaimed = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body."""
+        super().on_body(body)
+        self._unclaimed = 0
+
+    def on_message_complete(self) -> None:
+        """Take the last byte of a request."""
+        super().on_message_complete()
+        self._unclaimed = 0
+        self._end_arrival()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        if not self.transport.is_closing():
+            self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _begin_arrival(self) -> None:
+        if self._arrival is None:
+            self._arrival = self.loop.call_later(self.arrival_seconds, self._on_late)
+
+    def _end_arrival(self) -> None:
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+
+    def _latest(self) -> RequestResponseCycle | None:
+        return self.cycle  # None before the first request, whatever its annotation says
+
+    def _on_late(self) -> None:
+        self._arrival = None
+        latest = self._latest()
+        if self.pipeline or (latest is not None and not (latest.more_body or latest.response_complete)):
+            self._begin_arrival()  # it is the client that waits, for an earlier answer
+        else:
+            message = f"The request did not arrive within {self.arrival_seconds:.0f} seconds."
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, message)
+
+    def _refuse_header(self) -> None:
+        message = f"The request's header is larger than the {MAX_HEADER_SIZE} bytes that are allowed."
+        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answer where no request has reached the application, and close."""
+        request_id = uuid.uuid4().hex
+        client = "{}:{}".format(*self.client) if self.client else "-"
+        LOGGER.info("%s %d %s [%s]", client, status, message, request_id)
+        latest = self._latest()
+        if latest is None or latest.response_complete or not latest.response_started:
+            body = APIError(message).body()
+            header = (
+                f"HTTP/1.1 {status} {status.phrase}\r\n{REQUEST_ID_HEADER}: {request_id}\r\nconnection: close\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            self.transport.write(header.encode() + body)
+        self.transport.close()
