@@ -13,21 +13,34 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(engine: EngineConfig, local_rank: int) -> torch.device:
-    """Return this rank's device.
+    """Return this rank's device (see `device_of`), and make it the one that CUDA calls of this process are about."""
+    if engine.device == "auto":
+        _warn_of_unused_devices(num_cuda_devices(), ranks_on_host(engine))
+    device = device_of(engine, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def device_of(engine: EngineConfig, local_rank: int) -> torch.device:
+    """Return the device of the rank that is number `local_rank` on this host.
 
     `auto` is CUDA where each rank on this host has a CUDA device of its own, and the CPU otherwise.
 
     Raises:
         ValueError: naming the option, if CUDA is asked for and not there.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if engine.device == "cpu" or (engine.device == "auto" and not _is_one_each(count, ranks_on_host(engine))):
+    count = num_cuda_devices()
+    if engine.device == "cpu" or (engine.device == "auto" and count < ranks_on_host(engine)):
         return torch.device("cpu")
     if local_rank >= count:
         raise ValueError(f"--device {engine.device}: rank needs CUDA device {local_rank}, and {count} are visible")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", local_rank)
+
+
+def num_cuda_devices() -> int:
+    """Return how many CUDA devices this process can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def choose_dtype(engine: EngineConfig, config: ModelConfig) -> torch.dtype:
@@ -48,12 +61,11 @@ def ranks_on_host(engine: EngineConfig) -> int:
     return int(local or engine.tensor_parallel_size)
 
 
-def _is_one_each(num_devices: int, num_ranks: int) -> bool:
-    """Say whether there is a CUDA device for each rank; warn of devices that go unused because there are too few."""
+def _warn_of_unused_devices(num_devices: int, num_ranks: int) -> None:
+    """Warn of CUDA devices that go unused because there are too few."""
     if 0 < num_devices < num_ranks:
         logger.warning(
             "--device auto: %d CUDA device(s) for %d ranks on this host, so they run on the CPU",
             num_devices,
             num_ranks,
         )
-    return num_devices >= num_ranks

@@ -6,6 +6,7 @@ nested below that root, such as a systemd service's, is not looked for: what its
 said with --num-kv-blocks or --kv-cache-memory, and OMP_NUM_THREADS.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def free_memory(cgroup_root: Path = CGROUP_ROOT, meminfo: Path = MEMINFO) -> int
         cgroup_root: where cgroup v2, or v1 with a folder a controller, is mounted.
         meminfo: `/proc/meminfo`.
     """
+    left = cgroup_memory_left(cgroup_root)
+    available = _available(meminfo)
+    return available if left is None else min(available, left)
+
+
+def cgroup_memory_left(cgroup_root: Path = CGROUP_ROOT) -> int | None:
+    """Return the bytes that the cgroup still lets be taken, or None if it has no limit."""
     memory = cgroup_root / "memory"
     bounds = (
         _memory_left(cgroup_root, limit="memory.max", used="memory.current", reclaimable="inactive_file"),
@@ -29,16 +37,22 @@ def free_memory(cgroup_root: Path = CGROUP_ROOT, meminfo: Path = MEMINFO) -> int
             memory, limit="memory.limit_in_bytes", used="memory.usage_in_bytes", reclaimable="total_inactive_file"
         ),
     )
-    return min([_available(meminfo), *(bound for bound in bounds if bound is not None)])
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def num_cpus(cgroup_root: Path = CGROUP_ROOT) -> int:
     """Return how many cores this process may keep busy: its affinity, or the cgroup's quota rounded up; at least 1."""
     cpus = len(os.sched_getaffinity(0))
+    quota = cpu_quota(cgroup_root)
+    return cpus if quota is None else min(cpus, math.ceil(quota))
+
+
+def cpu_quota(cgroup_root: Path = CGROUP_ROOT) -> float | None:
+    """Return how many cores' time the cgroup grants, or None if it has no quota."""
     quotas = _words(cgroup_root / "cpu.max")  # "quota period", in microseconds
     quotas_v1 = _words(cgroup_root / "cpu" / "cpu.cfs_quota_us") + _words(cgroup_root / "cpu" / "cpu.cfs_period_us")
-    bounds = (_cpus_of_quota(words) for words in (quotas, quotas_v1))
-    return min([cpus, *(bound for bound in bounds if bound is not None)])
+    bounds = [bound for bound in (_cpus_of_quota(quotas), _cpus_of_quota(quotas_v1)) if bound is not None]
+    return min(bounds, default=None)
 
 
 def _memory_left(folder: Path, *, limit: str, used: str, reclaimable: str) -> int | None:
@@ -51,12 +65,12 @@ def _memory_left(folder: Path, *, limit: str, used: str, reclaimable: str) -> in
     return max(0, most - max(0, taken - cache))
 
 
-def _cpus_of_quota(words: list[str]) -> int | None:
-    """Return the cores of `[quota, period]`, rounded up, or None if that is no limit."""
+def _cpus_of_quota(words: list[str]) -> float | None:
+    """Return the cores of `[quota, period]`, or None if that is no limit."""
     quota, period = _number(words[:1]), _number(words[1:2])
     if quota is None or period is None or quota <= 0 or period <= 0:  # a quota of -1 is none
         return None
-    return -(-quota // period)
+    return quota / period
 
 
 def _available(meminfo: Path) -> int:

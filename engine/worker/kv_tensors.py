@@ -42,12 +42,19 @@ def num_blocks_that_fit(engine: EngineConfig, config: ModelConfig, *, bytes_per_
     return fitting
 
 
-def free_memory_share(device: torch.device, ranks_on_host: int) -> int:
-    """Return the bytes of free memory on `device` that one rank may fill with KV blocks."""
+def free_memory_share(device: torch.device, ranks_on_host: int, *, unloaded_bytes: int = 0) -> int:
+    """Return the bytes of free memory on `device` that one rank may fill with KV blocks.
+
+    Args:
+        device: the rank's.
+        ranks_on_host: how many ranks share this host's memory.
+        unloaded_bytes: what each rank's weights will take that are not loaded yet.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_SHARE)
-    return int(host.free_memory() * CPU_SHARE) // ranks_on_host
+        return int(max(0, free - unloaded_bytes) * CUDA_SHARE)
+    free = host.free_memory() - unloaded_bytes * ranks_on_host
+    return int(max(0, free) * CPU_SHARE) // ranks_on_host
 
 
 def allocate(
