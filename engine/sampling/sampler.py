@@ -9,13 +9,12 @@ A row whose temperature is 0 takes its largest logit. Any other row is filtered,
     token = argmax over what is kept of s_i + g_i                  Gumbel-max: a draw from softmax(s)
 
 with g_i from `engine.sampling.philox`, a function of (seed, choice, position, token id) alone. Ties are decided for the
-lower token id everywhere: tokens are ranked by integers that hold the logit's order above and the id below, so no two
-are equal and any algorithm on any device ranks them alike. The mass that top_p adds up is held in integers too, so a
-row's result depends neither on the order of summation nor on the other rows.
+lower token id everywhere. The mass that top_p adds up is held in integers, so a row's result depends neither on the
+order of summation nor on the other rows.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +22,13 @@ from torch import Tensor
 
 from engine.protocol.messages import SamplingParams
 from engine.sampling.philox import TOKENS_PER_COUNTER, NoiseSource, noise_source, token_noise, vocabulary_noise
+from engine.sampling.vocabulary import chunks, largest, rows_per_pass, to_index
 
 # Tokens ranked before the whole vocabulary is: enough for common top_k, and for top_p on all but flat distributions.
 NUM_CANDIDATES = 1024
 # exp(s) = 1 as an integer: the sum over a vocabulary of 2^20 still fits an int64.
 MASS_ONE = 2.0**42
-# Elements that one pass over the vocabulary handles: as many as stay in a core's cache, or keep an accelerator busy.
-CPU_PASS_SIZE = 1 << 18
-DEVICE_PASS_SIZE = 1 << 22
-NO_TOKEN = -1
+NOT_FINITE, ALL_EXCLUDED = -1, -2  # instead of a token
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
@@ -51,26 +48,19 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
     assert len(params) == len(positions) == logits.shape[0]
     maxima, tokens = logits.max(dim=1)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
-    rows_per_pass = max(1, (CPU_PASS_SIZE if logits.device.type == "cpu" else DEVICE_PASS_SIZE) // logits.shape[1])
-    for chunk in _chunks(drawn, rows_per_pass):
+    for chunk in chunks(drawn, rows_per_pass(logits)):
         batch = _Batch.of(logits, maxima, [params[row] for row in chunk], [positions[row] for row in chunk], chunk)
-        tokens[_index(chunk, logits.device)] = _draw(batch)
-    tokens.masked_fill_(~maxima.isfinite(), NO_TOKEN)
-    return [_token_or_error(row, token) for row, token in enumerate(tokens.tolist())]
+        tokens[to_index(chunk, logits.device)] = _draw(batch)
+    tokens.masked_fill_(~maxima.isfinite(), NOT_FINITE).masked_fill_(maxima == -math.inf, ALL_EXCLUDED)
+    return [_token_or_error(token) for token in tokens.tolist()]
 
 
-def _token_or_error(row: int, token: int) -> int | SamplingError:
-    if token != NO_TOKEN:
-        return token
-    return SamplingError(f"row {row}: the logits hold NaN or infinity: no token can be sampled")
-
-
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _index(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device)
+def _token_or_error(token: int) -> int | SamplingError:
+    if token == NOT_FINITE:
+        return SamplingError("the logits hold NaN or infinity: no token can be sampled")
+    if token == ALL_EXCLUDED:
+        return SamplingError("every token is excluded: by the model, or as a stop token before min_tokens")
+    return token
 
 
 def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,10 +77,10 @@ class _Batch:
 
     @classmethod
     def of(
-        cls, logits: Tensor, maxima: Tensor, params: list[SamplingParams], positions: list[int], rows: list[int]
+        cls, logits: Tensor, maxima: Tensor, params: list[SamplingParams], positions: list[int], rows: Sequence[int]
     ) -> "_Batch":
         device = logits.device
-        index = _index(rows, device)
+        index = to_index(rows, device)
         temperatures = _column([max(param.temperature, SMALLEST_TEMPERATURE) for param in params], device)
         scores = (logits[index] - maxima[index].unsqueeze(1)).div_(temperatures)
         if any(param.min_p > 0 for param in params):
@@ -106,7 +96,7 @@ class _Batch:
     def select(self, rows: list[int]) -> "_Batch":
         if len(rows) == len(self.params):
             return self
-        index = _index(rows, self.scores.device)
+        index = to_index(rows, self.scores.device)
         return _Batch(self.scores[index], [self.params[row] for row in rows], self.noise.rows(index))
 
     def top_ps(self) -> Tensor:
@@ -128,9 +118,9 @@ def _draw(batch: _Batch) -> Tensor:
     ranked = [row for row in range(len(batch.params)) if batch.is_ranked(row)]
     tokens = torch.empty(len(batch.params), dtype=torch.int64, device=batch.scores.device)
     if unranked:
-        tokens[_index(unranked, tokens.device)] = _draw_from_all(batch.select(unranked))
+        tokens[to_index(unranked, tokens.device)] = _draw_from_all(batch.select(unranked))
     if ranked:
-        tokens[_index(ranked, tokens.device)] = _draw_from_top(batch.select(ranked))
+        tokens[to_index(ranked, tokens.device)] = _draw_from_top(batch.select(ranked))
     return tokens
 
 
@@ -146,7 +136,7 @@ def _draw_from_top(batch: _Batch) -> Tensor:
     short = ranking.rows_cut_short()
     if short:
         wider = batch.select(short)
-        tokens[_index(short, tokens.device)] = _Ranking.of(wider, wider.vocab_size).draw()
+        tokens[to_index(short, tokens.device)] = _Ranking.of(wider, wider.vocab_size).draw()
     return tokens
 
 
@@ -163,8 +153,8 @@ class _Ranking:
     def of(cls, batch: _Batch, width: int) -> "_Ranking":
         device = batch.scores.device
         top_ks = [batch.top_k(row) for row in range(len(batch.params))]
-        ids = _largest(batch.scores, width)
-        within_top_k = torch.arange(width, device=device) < _index(top_ks, device).unsqueeze(1)
+        ids = largest(batch.scores, width)
+        within_top_k = torch.arange(width, device=device) < to_index(top_ks, device).unsqueeze(1)
         mass = _mass(batch.scores.gather(1, ids)).mul_(within_top_k)
         reached = mass.cumsum(1)
         goal = _total_mass(batch, reached, top_ks) * batch.top_ps()
@@ -180,7 +170,7 @@ class _Ranking:
     def draw(self) -> Tensor:
         """Return a token for each row; not meaningful for rows that are not complete."""
         ids = self.ids[:, : max(self.num_kept)]
-        is_kept = torch.arange(ids.shape[1], device=ids.device) < _index(self.num_kept, ids.device).unsqueeze(1)
+        is_kept = torch.arange(ids.shape[1], device=ids.device) < to_index(self.num_kept, ids.device).unsqueeze(1)
         scores = self._noise(ids).add_(self.batch.scores.gather(1, ids)).masked_fill_(~is_kept, -math.inf)
         return ids.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
 
@@ -199,18 +189,8 @@ def _total_mass(batch: _Batch, reached: Tensor, top_ks: list[int]) -> Tensor:
     total = reached[:, -1:].clone()
     beyond = [row for row, top_k in enumerate(top_ks) if top_k > reached.shape[1]]
     if beyond:
-        total[_index(beyond, total.device)] = _mass(batch.select(beyond).scores).sum(1, keepdim=True)
+        total[to_index(beyond, total.device)] = _mass(batch.select(beyond).scores).sum(1, keepdim=True)
     return total
-
-
-def _largest(scores: Tensor, width: int) -> Tensor:
-    """Return the ids of the `width` largest scores of each row in falling order, the lower id first among equals."""
-    bits = (scores + 0.0).view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
-    order = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)  # integers in the order of the floats
-    descending_ids = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
-    keys = order.to(torch.int64).mul_(1 << 32).bitwise_or_(descending_ids)
-    largest = keys.topk(width, dim=1).values if width < scores.shape[1] else keys.sort(dim=1, descending=True).values
-    return (scores.shape[1] - 1) - largest.bitwise_and_(0xFFFFFFFF)
 
 
 def _mass(scores: Tensor) -> Tensor:

@@ -1,24 +1,25 @@
 """Rank 0: schedules, broadcasts each step, samples, and talks to the server."""
 
 import math
+from collections.abc import Iterable
 
 import zmq
-from torch import Tensor
 
 from engine.protocol.channel import Channel
 from engine.protocol.messages import (
     FinishReason,
     RankStats,
+    Request,
     RequestBatch,
     ScheduledStep,
     StatsReport,
     TokenBatch,
     TokenOutput,
 )
-from engine.sampling.sampler import SamplingError, sample
+from engine.sampling.step import sample_step
 from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import Scheduler
-from engine.worker.model_runner import ModelRunner
+from engine.worker.model_runner import ModelRunner, RunnerOutput
 from engine.worker.statistics import RankStatistics
 
 
@@ -70,20 +71,20 @@ class Leader:
     def _run_step(self, step: ScheduledStep) -> None:
         for follower in self._followers:
             follower.send(step)
-        logits = self._runner.run(step)
-        tokens = {} if logits is None else self._sample(step, logits)
-        self._emit(step.step, self._scheduler.apply(step, StepResult(tokens)))
+        result = self._sample(step, self._runner.run(step))
+        self._emit(step.step, self._scheduler.apply(step, result))
         self._statistics.note_work()
 
-    def _sample(self, step: ScheduledStep, logits: Tensor) -> dict[str, int | str]:
-        """Return each sampling row's next token, or why it has none, by request id."""
-        rows = self._scheduler.sampling_rows(step)
-        samples = sample(logits, [row.params for row in rows], [row.position for row in rows])
+    def _sample(self, step: ScheduledStep, output: RunnerOutput) -> StepResult:
+        if output.logits is None:
+            return StepResult(prompt_logprobs=output.prompt_logprobs)
+        tokens, logprobs = sample_step(output.logits, self._scheduler.sampling_rows(step))
         request_ids = [row.request_id for row in step.rows if row.samples]
-        return {
-            request_id: str(drawn) if isinstance(drawn, SamplingError) else drawn
-            for request_id, drawn in zip(request_ids, samples, strict=True)
-        }
+        return StepResult(
+            tokens=dict(zip(request_ids, tokens, strict=True)),
+            logprobs={request_ids[row]: of_row for row, of_row in logprobs.items()},
+            prompt_logprobs=output.prompt_logprobs,
+        )
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class Leader:
         refused = []
         for request in batch.new:
             try:
-                self._check_token_ids(request.prompt_token_ids)
+                self._check_token_ids(request)
                 self._scheduler.add(request)
             except ValueError as error:
                 refused.append(TokenOutput(request.request_id, [], FinishReason.ERROR, error=str(error)))
@@ -115,9 +116,16 @@ class Leader:
             self._emit(-1, refused)
         self._statistics.note_work()
 
-    def _check_token_ids(self, token_ids: list[int]) -> None:
-        if any(not 0 <= token_id < self._vocab_size for token_id in token_ids):
-            raise ValueError(f"the prompt has token ids outside the vocabulary of {self._vocab_size}")
+    def _check_token_ids(self, request: Request) -> None:
+        sampling = request.sampling
+        places: dict[str, Iterable[int]] = {
+            "the prompt": request.prompt_token_ids,
+            "logit_bias": sampling.logit_bias,
+            "stop_token_ids": sampling.stop_token_ids,
+        }
+        for place, token_ids in places.items():
+            if any(not 0 <= token_id < self._vocab_size for token_id in token_ids):
+                raise ValueError(f"{place} has token ids outside the vocabulary of {self._vocab_size}")
 
     def _emit(self, step: int, outputs: list[TokenOutput]) -> None:
         if outputs:

@@ -1,7 +1,8 @@
 """Turns a scheduled step into tensors and runs this rank's shard on them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -10,7 +11,12 @@ from engine.attention.base import AttentionMetadata, KVCache
 from engine.attention.torch_paged import PagedAttention
 from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
-from engine.protocol.messages import ScheduledRow, ScheduledStep
+from engine.protocol.messages import ScheduledRow, ScheduledStep, TokenLogprobs
+from engine.sampling.logprobs import LogprobQuery, compute_logprobs
+from engine.sampling.vocabulary import chunks
+
+# Logits of the prompt that a rank holds at a time: 64 MiB in float32.
+PROMPT_LOGITS_SIZE = 1 << 24
 
 
 @dataclass
@@ -19,6 +25,14 @@ class _Sequence:
 
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunnerOutput:
+    """What rank 0 learns from a step; the other ranks learn nothing."""
+
+    logits: Tensor | None  # float32 `[num_sampling_rows, vocab_size]`, in batch order; None when no row samples
+    prompt_logprobs: dict[str, list[TokenLogprobs]]  # by request id, of the rows that ask
 
 
 class ModelRunner:
@@ -43,13 +57,8 @@ class ModelRunner:
         self._sequences: dict[str, _Sequence] = {}
 
     @torch.inference_mode()
-    def run(self, step: ScheduledStep) -> Tensor | None:
-        """Compute a step.
-
-        Returns:
-            On rank 0 the float32 logits of the rows that sample, `[num_sampling_rows, vocab_size]`, in batch order;
-            None on other ranks and when no row samples.
-        """
+    def run(self, step: ScheduledStep) -> RunnerOutput:
+        """Compute a step."""
         for request_id in step.finished:
             self._sequences.pop(request_id, None)
         sequences = [self._update(row) for row in step.rows]
@@ -57,10 +66,44 @@ class ModelRunner:
         metadata = self._metadata(step.rows, sequences, positions)
         hidden = self._model(token_ids, positions, PagedAttention(self._kv_caches, metadata))
         last = [end - 1 for end, row in zip(metadata.cu_seqlens_q[1:], step.rows, strict=True) if row.samples]
-        if not last:
-            return None
-        logits = self._group.gather(self._model.compute_logits(hidden[last]))
+        return RunnerOutput(
+            logits=self._gather_logits(hidden[last]) if last else None,
+            prompt_logprobs=self._prompt_logprobs(step.rows, sequences, metadata.cu_seqlens_q, hidden),
+        )
+
+    def _gather_logits(self, hidden: Tensor) -> Tensor | None:
+        logits = self._group.gather(self._model.compute_logits(hidden))
         return None if logits is None else logits[:, : self._vocab_size].float()
+
+    def _prompt_logprobs(
+        self, rows: list[ScheduledRow], sequences: list[_Sequence], starts: list[int], hidden: Tensor
+    ) -> dict[str, list[TokenLogprobs]]:
+        """Return the log-probabilities of the tokens that follow the positions asked for; nothing on other ranks."""
+        queries: list[LogprobQuery] = []
+        counts: dict[str, int] = {}
+        for row, sequence, start in zip(rows, sequences, starts[:-1], strict=True):
+            if (wanted := row.prompt_logprobs) is not None:
+                shift = start - row.num_computed_tokens
+                targets = sequence.token_ids[wanted.start + 1 : wanted.stop + 1]
+                queries += [
+                    LogprobQuery(shift + position, target, wanted.num_top)
+                    for position, target in enumerate(targets, start=wanted.start)
+                ]
+                counts[row.request_id] = len(targets)
+        answers = iter(self._answer(queries, hidden))
+        if self._group.rank != 0:
+            return {}
+        return {request_id: list(islice(answers, count)) for request_id, count in counts.items()}
+
+    def _answer(self, queries: Sequence[LogprobQuery], hidden: Tensor) -> list[TokenLogprobs]:
+        """Return the answers to queries of rows of `hidden`, a bounded number of rows at a time."""
+        local_vocab_size = -(-self._vocab_size // self._group.world_size)
+        answers: list[TokenLogprobs] = []
+        for chunk in chunks(queries, max(1, PROMPT_LOGITS_SIZE // local_vocab_size)):
+            logits = self._model.compute_logits(hidden[[query.row for query in chunk]])
+            of_chunk = [query._replace(row=index) for index, query in enumerate(chunk)]
+            answers += compute_logprobs(logits, of_chunk, self._group, vocab_size=self._vocab_size)
+        return answers
 
     def _update(self, row: ScheduledRow) -> _Sequence:
         if row.is_new:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine.checkpoint.huggingface import load_weights
 from engine.communication.handler import CommunicationHandler
@@ -15,7 +14,7 @@ from engine.models.registry import build_model
 from engine.protocol.messages import ScheduledRow, ScheduledStep
 from engine.protocol.model_config import ModelConfig
 from engine.worker import kv_tensors
-from engine.worker.model_runner import ModelRunner
+from engine.worker.model_runner import ModelRunner, RunnerOutput
 from tests.checkpoints import random_llama
 from tests.oracle import Reference
 
@@ -109,8 +108,9 @@ def step(*rows: ScheduledRow, finished: Iterable[str] = ()) -> ScheduledStep:
     return ScheduledStep(epoch=1, step=0, rows=list(rows), finished=list(finished))
 
 
-def check(logits: Tensor | None, reference: Reference, *texts: list[int]) -> None:
+def check(output: RunnerOutput, reference: Reference, *texts: list[int]) -> None:
     """Check that there is a row for each text: the reference's logits after its last token."""
+    logits = output.logits
     assert logits is not None
     assert logits.dtype == torch.float32
     expected = torch.stack([reference.logits(text)[-1] for text in texts])
@@ -132,13 +132,13 @@ def test_chunks_and_decodes_in_one_step_give_the_logits_of_whole_texts(
 
 def test_only_sampling_rows_come_back_in_batch_order(runner: ModelRunner, reference: Reference) -> None:
     a, b, c, d = draw_sequences((2, 9, 5, 8))
-    logits = runner.run(step(d.row(7), c.row(5), b.row(4), a.row(2)))
-    check(logits, reference, c.computed, a.computed)
+    output = runner.run(step(d.row(7), c.row(5), b.row(4), a.row(2)))
+    check(output, reference, c.computed, a.computed)
 
 
 def test_there_are_no_logits_when_no_row_samples(runner: ModelRunner, reference: Reference) -> None:
     a, b = draw_sequences((9, 6))
-    assert runner.run(step(a.row(5), b.row(5))) is None
+    assert runner.run(step(a.row(5), b.row(5))).logits is None
     check(runner.run(step(a.row(4), b.row(1))), reference, a.computed, b.computed)
 
 
