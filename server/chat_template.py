@@ -1,21 +1,21 @@
 """Chat messages → one prompt text, by the Jinja template that comes with the model."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.nodes
-import jinja2.parser
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.meta import find_undeclared_variables
 
 from server.model_files import SPECIAL_TOKENS
+from server.template_sandbox import DEADLINE, MAX_RENDER_SECONDS, TemplateSandbox
 
-# Written after the final message's text, to find that text in the prompt. A template that strips texts takes the
-# space away again, and then takes spaces away that are the message's, too.
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", *SPECIAL_TOKENS)
+
+# Written after the final message's text, to find that text in the prompt.
 _END_MARK = "[[END OF THE FINAL MESSAGE]]"
 
 
@@ -27,19 +27,6 @@ class ChatTemplateError(ValueError):
         self.param = param
 
 
-_OWN_VARIABLES = MappingProxyType({"messages": (), "tools": None, "documents": None, "add_generation_prompt": True})
-
-
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  (an instance attribute in jinja2's typing)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
     """A compiled template.
 
@@ -48,18 +35,16 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        sandbox = TemplateSandbox()
+        sandbox.filters["tojson"] = _to_json
+        sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
-            self._template = environment.from_string(source)
+            tree = sandbox.parse(source)
+            self._variables = find_undeclared_variables(tree) - {*_OWN_VARIABLES, *sandbox.globals}
+            self._template = sandbox.compile_bounded(tree)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
         self._special_tokens = dict(special_tokens)
-        self._reserved = {*_OWN_VARIABLES, *SPECIAL_TOKENS, *environment.globals}
 
     def render(
         self,
@@ -75,31 +60,44 @@ class ChatTemplate:
             messages: the conversation so far.
             add_generation_prompt: end with the beginning of an assistant's message.
             continue_final_message: end with the final message's text, so that it goes on.
-            kwargs: more variables for the template.
+            kwargs: values of the template's own variables, such as `enable_thinking`.
 
         Raises:
-            ChatTemplateError: with the template's own words where it refuses the messages, and naming the field.
+            ChatTemplateError: with the template's own words where it refuses the messages, or about another field.
         """
-        for name in kwargs:
-            if name in self._reserved:
-                raise ChatTemplateError("is the template's own and cannot be set", f"chat_template_kwargs.{name}")
-        variables = {**kwargs, **_OWN_VARIABLES, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        self._check_names(kwargs)
+        variables = {**kwargs, "add_generation_prompt": add_generation_prompt}
         if not continue_final_message:
             return self._render(messages, variables)
         if add_generation_prompt:
-            message = "needs add_generation_prompt to be false: the final message cannot go on before a new one"
+            message = "the final message cannot go on where another begins: set add_generation_prompt to false"
             raise ChatTemplateError(message, "continue_final_message")
         *before, final = messages
+        # A template that strips texts takes the space after the mark away, and the message's own last ones as well.
         marked = {**final, "content": f"{final['content']}{_END_MARK} "}
         return _until_mark(self._render([*before, marked], variables), final["content"])
 
+    def _check_names(self, kwargs: Mapping[str, Any]) -> None:
+        for name in kwargs:
+            if name not in self._variables:
+                taken = name in (*_OWN_VARIABLES, "continue_final_message")
+                reason = "is not set this way" if taken else "the model's chat template has no such variable"
+                raise ChatTemplateError(reason, f"chat_template_kwargs.{name}")
+
     def _render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
+        own = {"messages": messages, "tools": None, "documents": None, **self._special_tokens}
+        deadline = time.perf_counter() + MAX_RENDER_SECONDS
         try:
-            return self._template.render({**variables, "messages": messages})
+            prompt = self._template.render({**variables, **own, DEADLINE: deadline})
+            prompt.encode()
         except ChatTemplateError:
             raise
+        except UnicodeEncodeError as error:
+            message = "holds half of a surrogate pair, which is not a character"
+            raise ChatTemplateError(message, "chat_template_kwargs") from error
         except Exception as error:  # a template is a program of others: whatever it raises is about these messages
             raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        return prompt
 
 
 def _until_mark(prompt: str, final_text: str) -> str:
@@ -109,11 +107,10 @@ def _until_mark(prompt: str, final_text: str) -> str:
         ChatTemplateError: when that text is not there as it was written, spaces around it aside.
     """
     before, mark, after = prompt.rpartition(_END_MARK)
-    kept = before if after.startswith(" ") else before.rstrip()
     if not mark or not before.rstrip().endswith(final_text.strip()):
         message = "the chat template does not keep the final message's text as it is"
         raise ChatTemplateError(message, "continue_final_message")
-    return kept
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:

@@ -164,14 +164,15 @@ class Service:
         if num_sequences > MAX_SEQUENCES:
             message = f"n: times the number of prompts it is {num_sequences}; at most {MAX_SEQUENCES} are allowed."
             raise APIError(message, param="n", code="invalid_value")
-        self._check_ids(prompts)
+        self.check_ids(prompts)
         limit = self._token_limit(body, max(map(len, prompts.ids)), prompts.field, max_tokens)
         model = self.model
         sampling = sampling_params(body, model.sampling_defaults, model.stop_token_ids, limit, model.seeds)
         plan = GenerationPlan(response_id, prompts.ids, sampling, num_choices, body.stop, arrival)
         return Generation(self.engine, self.model.tokenizer.token_bytes, plan)
 
-    def _check_ids(self, prompts: Prompts) -> None:
+    def check_ids(self, prompts: Prompts) -> None:
+        """Raise an `APIError` naming the field unless each prompt has tokens, all of them of the vocabulary."""
         param = prompts.field
         for prompt in prompts.ids:
             if not prompt:
