@@ -12,8 +12,10 @@ from torch import Tensor
 
 from engine.protocol.messages import SamplingParams
 from engine.sampling.sampler import SamplingError, sample
+from tests.sampling_oracle import chi_square_p_value, distribution, kept_tokens
 
 DRAWS = 20_000
+CHANCE = 1e-4  # how often a right sampler would fail a check of its counts
 # Filters of every kind, alone and together; each is used over a small vocabulary and over a large one.
 FILTERS: tuple[dict[str, Any], ...] = (
     {},
@@ -50,39 +52,8 @@ def random_logits(num_rows: int, vocab_size: int, seed: int, scale: float = 3.0)
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def expected_distribution(logits: Sequence[float], param: SamplingParams) -> list[float]:
-    """The definition, in Python's floats: min_p, then top_k, then top_p on what is left, renormalised."""
-    weights = [math.exp((logit - max(logits)) / param.temperature) for logit in logits]
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    kept = [token for token in order if weights[token] >= param.min_p][: param.top_k or len(order)]
-    goal = param.top_p * sum(weights[token] for token in kept)
-    reached, nucleus = 0.0, set()
-    for token in kept:
-        if reached < goal:
-            nucleus.add(token)
-        reached += weights[token]
-    total = sum(weights[token] for token in nucleus)
-    return [weights[token] / total if token in nucleus else 0.0 for token in range(len(logits))]
-
-
-def chi_square_bound(degrees: int) -> float:
-    """Passed about once in 10,000 draws of a right sampler (Wilson and Hilferty's approximation, 1931)."""
-    term = 2 / (9 * degrees)
-    return degrees * (1 - term + 3.719 * math.sqrt(term)) ** 3
-
-
-def check_counts(counts: Sequence[int], distribution: Sequence[float]) -> None:
-    """Pearson's chi-square, over tokens expected at least five times; the rest are one cell."""
-    total = sum(counts)
-    rare = [token for token, share in enumerate(distribution) if share * total < 5]
-    cells = [(counts[token], share * total) for token, share in enumerate(distribution) if token not in rare]
-    rare_expected = sum(distribution[token] for token in rare) * total
-    if rare_expected >= 5:
-        cells.append((sum(counts[token] for token in rare), rare_expected))
-    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
-    assert all(counts[token] == 0 for token, share in enumerate(distribution) if share == 0)
-    assert len(cells) > 1
-    assert statistic < chi_square_bound(len(cells) - 1)
+def check_counts(counts: Sequence[int], shares: Sequence[float]) -> None:
+    assert chi_square_p_value(counts, shares) > CHANCE
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -91,7 +62,7 @@ def test_draws_over_many_positions_follow_the_filtered_softmax(filters: dict[str
     param = params(seed=99, **filters)
     tokens = sample(logits.expand(DRAWS, -1), [param] * DRAWS, list(range(DRAWS)))
     counts = torch.bincount(torch.tensor(tokens), minlength=24).tolist()
-    check_counts(counts, expected_distribution(logits[0].tolist(), param))
+    check_counts(counts, distribution(logits[0].tolist(), param))
 
 
 @pytest.mark.parametrize("varied", ["seed", "choice_index"])
@@ -99,7 +70,7 @@ def test_draws_over_many_seeds_and_choices_follow_the_softmax(varied: str) -> No
     logits = random_logits(1, 24, seed=4, scale=1.5)
     tokens = sample(logits.expand(DRAWS, -1), [params(**{varied: i}) for i in range(DRAWS)], [1] * DRAWS)
     counts = torch.bincount(torch.tensor(tokens), minlength=24).tolist()
-    check_counts(counts, expected_distribution(logits[0].tolist(), params()))
+    check_counts(counts, distribution(logits[0].tolist(), params()))
 
 
 @pytest.mark.parametrize(
@@ -112,14 +83,14 @@ def test_filters_that_keep_more_than_the_candidates_follow_the_filtered_softmax(
     logits = random_logits(1, 4000, seed=5, scale=0.5)
     param = params(seed=1, **filters)
     tokens = sample(logits.expand(draws, -1), [param] * draws, list(range(draws)))
-    distribution = torch.tensor(expected_distribution(logits[0].tolist(), param))
-    order = distribution.argsort(descending=True)
+    expected = torch.tensor(distribution(logits[0].tolist(), param))
+    order = expected.argsort(descending=True)
     group = torch.empty(4000, dtype=torch.int64)
     group[order] = torch.arange(4000) // 200
     drawn = torch.tensor(tokens)
     counts = torch.bincount(group[drawn], minlength=20).tolist()
-    shares = torch.zeros(20).index_add(0, group, distribution).tolist()
-    assert distribution[drawn].min() > 0
+    shares = torch.zeros(20).index_add(0, group, expected).tolist()
+    assert expected[drawn].min() > 0
     check_counts(counts, shares)
 
 
@@ -174,7 +145,7 @@ def test_a_very_high_temperature_is_nearly_flat() -> None:
     param = params(temperature=100.0, seed=1)
     tokens = sample(logits.expand(DRAWS, -1), [param] * DRAWS, list(range(DRAWS)))
     counts = torch.bincount(torch.tensor(tokens), minlength=16).tolist()
-    check_counts(counts, expected_distribution(logits[0].tolist(), param))
+    check_counts(counts, distribution(logits[0].tolist(), param))
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
@@ -280,7 +251,5 @@ def test_a_token_is_always_one_that_the_filters_allow(
 ) -> None:
     """At the filters' borders float32 may decide otherwise than Python, so borders are given a millionth's play."""
     values = [logit / 8 for logit in logits]
-    loose = params(temperature=temperature, top_k=top_k, top_p=min(1.0, top_p * (1 + 1e-6)), min_p=min_p * (1 - 1e-6))
-    strict = params(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    token = draw(torch.tensor(values), strict, position)
-    assert expected_distribution(values, loose)[token] > 0
+    param = params(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    assert draw(torch.tensor(values), param, position) in kept_tokens(values, param, play=1e-6 * temperature)
