@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import socket
 import tempfile
 import threading
 import time
@@ -35,6 +37,7 @@ from server.credentials import Credentials
 from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.listener import listen
+from server.logs import REQUEST_ID
 from server.metrics import Metrics
 from server.model_files import ModelFiles
 from server.service import Service, TextModel
@@ -182,6 +185,23 @@ class ScriptedEngine:
                 await channel.send(TokenBatch(epoch=1, step=step, outputs=outputs))
 
 
+class ServerLog(logging.Handler):
+    """Keeps each line of the server's own loggers, with the request id that it was written under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith(("ryzanstein", "server", "uvicorn")):
+            self.lines.append((REQUEST_ID.get(), self.format(record)))
+
+    def wait_for(self, words: str) -> tuple[str, str]:
+        """Return the first line that contains `words`: it may be written after the client has its answer."""
+        assert wait_until(lambda: any(words in line for _, line in self.lines)), self.lines
+        return next((request_id, line) for request_id, line in self.lines if words in line)
+
+
 class RunningServer:
     """The server in a thread, with its scripted engine."""
 
@@ -225,7 +245,7 @@ class RunningServer:
         self.client = EngineClient(context, metrics)
         files = ModelFiles.read(str(self._model))
         text_model = TextModel.load(files, self._config, ModelConfig.from_directory(self._model))
-        app = create_app(Service(text_model, self.client, metrics), self._config, self._credentials)
+        app = create_app(Service(text_model, self.client, metrics, self._config), self._config, self._credentials)
         self._http = HTTPServer(app, self._config, self._credentials)
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
             self._channel = AsyncChannel(context, 1, RequestBatch)
@@ -301,3 +321,14 @@ def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def raw_exchange(server: RunningServer, sent: bytes) -> bytes:
+    """Send bytes over one connection; return what comes until the server closes it."""
+    host, port = server.url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        while piece := connection.recv(65536):
+            received += piece
+    return received

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tests.unit.server_support import (
     MESSAGES,
     RunningServer,
     post,
+    raw_exchange,
     running_server,
     wait_until,
     write_model,
@@ -55,17 +55,6 @@ def test_health_and_readiness_answer_head_without_a_body(model: Path, is_ready: 
         health, ready = httpx.head(f"{server.url}/health"), httpx.head(f"{server.url}/ready")
     assert (health.status_code, ready.status_code) == (200, status)
     assert health.content == ready.content == b""
-
-
-def raw_exchange(server: RunningServer, sent: bytes) -> bytes:
-    """Send bytes over one connection; return what comes until the server closes it."""
-    host, port = server.url.removeprefix("http://").split(":")
-    received = b""
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(sent)
-        while piece := connection.recv(65536):
-            received += piece
-    return received
 
 
 def test_a_chunked_body_is_put_together(server: RunningServer) -> None:
