@@ -1,4 +1,4 @@
-"""Text → token ids, with the library that reads `tokenizer.json`, and the way back for `server.detokenizer`."""
+"""Text → token ids, with the library that reads `tokenizer.json`, and the way back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import tokenizers
 
+from server.detokenizer import Detokenizer
 from server.token_bytes import TokenBytes, byte_level_alphabet
 
 
@@ -74,6 +75,15 @@ class Tokenizer:
         """
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` spell, special tokens written out."""
+        detokenizer = Detokenizer(self.token_bytes_with_special, ())
+        return detokenizer.feed(token_ids) + detokenizer.finish()
+
+    def token_strs(self, token_ids: Sequence[int]) -> list[str]:
+        """Return each token as the vocabulary spells it; "" where an id has no token."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def least_tokens(self, text: str) -> int:
         """Return a number of tokens that `text` certainly has, found without tokenizing it."""

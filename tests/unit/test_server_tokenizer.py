@@ -5,10 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Reference
+from transformers import PreTrainedTokenizerFast
 
 from server.tokenizer import Tokenizer
+from tests.tokenizers import CORPUS, FAMILIES
 from tests.unit.server_support import BOS, byte_fallback_tokenizer, byte_level_tokenizer
 
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "  two  spaces ",
+    "a\u0301 e\u0301 \u212b",
+    "x</s>y<s>[INST]<|eot_id|> <|im_end|><think>",
+    "\x00\ufffd",
+]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200) | st.text(f"{BOS} the quick\n", max_size=200)
 
 
@@ -61,3 +72,46 @@ def test_nothing_is_known_where_text_can_vanish(kind: str, tmp_path: Path) -> No
 
 def test_nothing_is_known_of_sentencepiece(tmp_path: Path) -> None:
     assert load(byte_fallback_tokenizer(), tmp_path).least_tokens("x" * 10_000) == 0
+
+
+# --- published formats -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the text files of a model of each family."""
+    return FAMILIES[request.param]().write(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def ours(family: Path) -> Tokenizer:
+    return Tokenizer(family)
+
+
+@pytest.fixture(scope="module")
+def theirs(family: Path) -> PreTrainedTokenizerFast:
+    loaded = PreTrainedTokenizerFast.from_pretrained(family)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_has_the_tokens_that_transformers_gives_it(
+    ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: str
+) -> None:
+    for frame in (True, False):
+        assert ours.encode(text, add_special_tokens=frame) == theirs.encode(text, add_special_tokens=frame)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_have_the_text_and_the_spelling_that_transformers_gives_them(
+    ours: Tokenizer, theirs: PreTrainedTokenizerFast, text: str
+) -> None:
+    ids = ours.encode(text, add_special_tokens=True)
+    assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.token_strs(ids) == theirs.convert_ids_to_tokens(ids)
+
+
+def test_an_id_without_a_token_has_no_spelling(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_strs([10_000]) == [""]
+    assert tokenizer.decode([10_000]) == ""
