@@ -20,7 +20,7 @@ from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Mes
 from engine.protocol.model_config import ModelConfig
 
 # When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
-_SETTLE_SECONDS = 0.2
+SETTLE_SECONDS = 0.2
 
 
 class MultiGPUOrchestrator:
@@ -76,8 +76,8 @@ class MultiGPUOrchestrator:
         while not self._is_asked_to_stop(wakeup):
             messages = self._take_messages()
             if ranks.dead() or any(isinstance(message, Failed) for message in messages):
-                time.sleep(_SETTLE_SECONDS)
-                return self._fail(*_diagnose(messages + self._take_messages(), ranks))
+                time.sleep(SETTLE_SECONDS)
+                return self._fail(*diagnose(messages + self._take_messages(), ranks))
             for message in messages:
                 self._hear(message, handshake)
         return 0
@@ -165,7 +165,7 @@ class MultiGPUOrchestrator:
         self._context.term()
 
 
-def _diagnose(messages: list[Message], ranks: RankProcesses) -> tuple[str, bool]:
+def diagnose(messages: list[Message], ranks: RankProcesses) -> tuple[str, bool]:
     """Return the likeliest first cause of a group's end, and whether it is the user's to mend.
 
     A mistake of the user explains everything; a rank that a signal ended explains why the others lost a peer.

@@ -22,7 +22,9 @@ def format_count(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time such as 41 µs, 1.2 ms or 3.0 s."""
+    """Return a time such as 50 ns, 41 µs, 1.2 ms or 3.0 s."""
+    if seconds < 1e-6:
+        return f"{seconds * 1e9:.0f} ns"
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"

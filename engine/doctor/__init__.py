@@ -1,0 +1,1 @@
+"""What `ryzanstein doctor` checks where the engine runs: packages, machine, model directory, real rank processes."""

@@ -1,0 +1,147 @@
+"""Real rank processes: started as in serving, they meet, add up, and measure what the model will live on."""
+
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+
+import zmq
+
+from engine.doctor.messages import RankReport
+from engine.doctor.rank import LARGE, SMALL
+from engine.doctor.subject import Subject
+from engine.orchestrator.handshake import Handshake, HandshakeError
+from engine.orchestrator.launcher import RankProcesses
+from engine.orchestrator.orchestrator import SETTLE_SECONDS, diagnose
+from engine.protocol.channel import Channel
+from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
+from engine.protocol.messages import Failed, Hello, Message
+from engine.protocol.units import format_bytes, format_seconds
+from engine.worker.device import device_of, num_cuda_devices
+
+SECTION = "ranks"
+RANK_COMMAND = (sys.executable, "-P", "-m", "engine.doctor.rank")
+REPORT_SECONDS = 180.0  # for all ranks to start, meet and measure; a few seconds on an idle machine
+POLL_MILLISECONDS = 100
+SLOW_ALL_REDUCE = 5e-3  # seconds for `LARGE` between ranks of one machine
+
+
+def checks(subject: Subject) -> list[Check]:
+    """Return this section's checks."""
+    return [
+        Check(SECTION, "devices", lambda: _devices(subject)),
+        Check(SECTION, "processes", lambda: _processes(subject)),
+        Check(SECTION, "all-reduce", lambda: _all_reduce(subject)),
+        Check(SECTION, "memory bandwidth", lambda: _bandwidth(subject)),
+    ]
+
+
+def _devices(subject: Subject) -> Finding:
+    """Pair ranks with devices, as each rank does."""
+    engine, count = subject.engine, num_cuda_devices()
+    devices = [str(device_of(engine, rank)) for rank in range(subject.tp_size)]
+    found = "all ranks on the CPU" if set(devices) == {"cpu"} else _pairs(devices)
+    if engine.device == "auto" and 0 < count < subject.tp_size:
+        return warning(
+            f"{found}: {count} CUDA device(s) are too few for {subject.tp_size} ranks",
+            f"--tensor-parallel-size {count}, or less, uses them",
+        )
+    return ok(found)
+
+
+def _pairs(devices: list[str]) -> str:
+    return ", ".join(f"rank {rank} on {device}" for rank, device in enumerate(devices))
+
+
+def _processes(subject: Subject) -> Finding:
+    """Run the ranks to their reports."""
+    if not subject.is_split:
+        raise MissingBasisError("a model that splits over the ranks")
+    problem = _run_ranks(subject)
+    if problem:
+        return failure(problem)
+    if not all(report.are_sums_right for report in subject.reports):
+        wrong = [str(report.rank) for report in subject.reports if not report.are_sums_right]
+        return failure(f"an all-reduce gave wrong sums on rank {', '.join(wrong)}")
+    threads = sorted({report.num_threads for report in subject.reports})
+    each = f"{'-'.join(map(str, threads))} thread(s) each"
+    if subject.tp_size == 1:
+        return ok(f"one rank started, {each}")
+    joined = max(report.join_seconds for report in subject.reports)
+    return ok(f"{subject.tp_size} ranks met in {format_seconds(joined)}, {each}; their sums are right")
+
+
+def _run_ranks(subject: Subject) -> str:
+    """Start the ranks and collect what they tell, into `subject`; return why that failed, or nothing."""
+    spec = subject.spec
+    with ExitStack() as stack:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(context.destroy, linger=0)
+        controls = [Channel(context, spec.epoch, Hello, RankReport, Failed) for _ in range(subject.tp_size)]
+        for rank, control in enumerate(controls):
+            control.bind(spec.control_endpoint(rank))
+        ranks = RankProcesses(subject.spec_path, subject.tp_size, RANK_COMMAND)
+        stack.callback(ranks.kill)
+        return _listen(subject, controls, ranks)
+
+
+def _listen(subject: Subject, controls: list[Channel], ranks: RankProcesses) -> str:
+    handshake = Handshake(subject.engine, subject.usable_model(), subject.spec.epoch)
+    reports: dict[int, RankReport] = {}
+    deadline = time.monotonic() + REPORT_SECONDS
+    while len(reports) < subject.tp_size:
+        messages = _take(controls)
+        if ranks.dead() or any(isinstance(message, Failed) for message in messages):
+            time.sleep(SETTLE_SECONDS)
+            return diagnose(messages + _take(controls), ranks)[0]
+        try:
+            _hear(messages, handshake, reports)
+        except HandshakeError as error:
+            return str(error)
+        if time.monotonic() > deadline:
+            silent = ", ".join(str(rank) for rank in range(subject.tp_size) if rank not in reports)
+            return f"rank {silent} did not answer within {REPORT_SECONDS:.0f} s"
+        time.sleep(POLL_MILLISECONDS / 1000)
+    subject.reports = [reports[rank] for rank in sorted(reports)]
+    return ""
+
+
+def _take(controls: list[Channel]) -> list[Message]:
+    messages = []
+    for control in controls:
+        while (message := control.receive(0)) is not None:
+            messages.append(message)
+    return messages
+
+
+def _hear(messages: list[Message], handshake: Handshake, reports: dict[int, RankReport]) -> None:
+    for message in messages:
+        if isinstance(message, Hello):
+            handshake.hear_hello(message)
+        elif isinstance(message, RankReport):
+            reports[message.rank] = message
+
+
+def _all_reduce(subject: Subject) -> Finding:
+    reports = subject.all_reports()
+    if subject.tp_size == 1:
+        return skipped("one rank has nobody to wait for")
+    small, large = ([seconds for report in reports for seconds in report.all_reduce_seconds[n]] for n in (SMALL, LARGE))
+    found = f"{_times(SMALL, small)}; {_times(LARGE, large)}"
+    if statistics.median(large) > SLOW_ALL_REDUCE:
+        return warning(
+            f"{found}: more than {format_seconds(SLOW_ALL_REDUCE)}",
+            "look for other load, fewer cores than threads, or a quota that pauses ranks",
+        )
+    return ok(found)
+
+
+def _times(size: int, seconds: list[float]) -> str:
+    median, most = format_seconds(statistics.median(seconds)), format_seconds(max(seconds))
+    return f"{format_bytes(size)} in {median} (median; at most {most})"
+
+
+def _bandwidth(subject: Subject) -> Finding:
+    each = [report.read_bandwidth for report in subject.all_reports()]
+    ranks = "" if len(each) == 1 else f": {', '.join(f'{value / 1e9:.1f}' for value in each)}"
+    return ok(f"{sum(each) / 1e9:.1f} GB/s read, all ranks at once{ranks}")
