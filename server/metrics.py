@@ -101,6 +101,8 @@ class Metrics:
         self._preemptions = self._counter("num_preemptions", "Sequences whose KV blocks were taken away for others.")
         self._steps = self._counter("engine_steps", "Steps of the engine.")
         self._checks = self._counter("integrity_checks", "Times the idle engine found its block bookkeeping whole.")
+        self._cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the KV cache.")
+        self._cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the KV cache.")
         self._running = self._gauge("num_requests_running", "Sequences that take part in steps.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait for KV blocks or a place.")
         self._blocks = self._gauge("kv_cache_blocks", "KV blocks of each rank.")
@@ -151,6 +153,8 @@ class Metrics:
         self._preemptions.inc(stats.preemptions)
         self._steps.inc(stats.steps)
         self._checks.inc(stats.integrity_checks)
+        self._cache_queries.inc(stats.prefix_cache_queries)
+        self._cache_hits.inc(stats.prefix_cache_hits)
 
     def _set_blocks(self, total: int, free: int) -> None:
         self._blocks.set(total)

@@ -28,7 +28,11 @@ class AttentionMetadata:
 
 
 class Attention(Protocol):
-    """Causal attention of one step, for any layer. Made anew for each step: layers need not know its sequences."""
+    """Causal attention of one step, for any layer. Made anew for each step: layers need not know its sequences.
+
+    All keys and values of the step are in the cache before any query attends: sequences may share blocks, and one may
+    read what another writes in the same step.
+    """
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend and return `[num_tokens, num_heads, head_dim]`.

@@ -60,6 +60,7 @@ class EngineConfig:
     kv_cache_memory: int | None = option(
         None, "bytes of KV cache on each rank, such as 4GiB; sized from free memory when left out", unit="bytes"
     )
+    enable_prefix_caching: bool = option(True, "keep KV blocks for prompts that begin alike")
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -68,7 +69,8 @@ class EngineConfig:
             if choices and value not in choices:
                 raise ValueError(f"--{item.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
             limit = _largest(item.metadata["unit"])
-            if isinstance(value, int) and not 1 <= value <= limit:
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if is_number and not 1 <= value <= limit:
                 raise ValueError(f"--{item.name.replace('_', '-')} must be between 1 and {limit}, not {value}")
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("--num-kv-blocks and --kv-cache-memory both size the KV cache: give one of them")

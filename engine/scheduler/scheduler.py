@@ -2,29 +2,19 @@
 
 There is no prefill phase and no decode phase. Every step, each running sequence asks for the tokens it has not computed
 yet, and gets what is left of the budget; a long prompt thus comes in chunks, beside the others' single tokens. When the
-KV blocks run out, the sequence that came last is preempted: it gives up its blocks and is recomputed later.
+KV blocks run out, the sequence that came last is preempted: it gives up its blocks and is recomputed later, except for
+what the KV cache still holds then. Sequences that begin alike share the KV blocks of what they have in common.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from engine.kvcache.block_pool import BlockPool
-from engine.protocol.messages import (
-    FinishReason,
-    PromptLogprobs,
-    Request,
-    ScheduledRow,
-    ScheduledStep,
-    SchedulerStats,
-    TokenOutput,
-)
+from engine.kvcache.manager import KVCacheManager
+from engine.protocol.messages import Request, ScheduledRow, ScheduledStep, SchedulerStats, TokenOutput
 from engine.sampling.row import SamplingRow
 from engine.scheduler.result import StepResult
-from engine.scheduler.sequence import Sequence
-
-# In a step's `new_token_ids`: sampled by a step before, not known yet when this one was scheduled.
-PENDING_TOKEN = -1
+from engine.scheduler.sequence import PENDING_TOKEN, Sequence
 
 
 class Scheduler:
@@ -39,13 +29,13 @@ class Scheduler:
         max_model_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        enable_prefix_caching: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if num_kv_blocks * block_size < max_model_len:
             raise ValueError(f"{num_kv_blocks} KV blocks of {block_size} tokens cannot hold {max_model_len} tokens")
         self._epoch = epoch
-        self._pool = BlockPool(num_kv_blocks)
-        self._block_size = block_size
+        self._kv_cache = KVCacheManager(num_kv_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -57,6 +47,7 @@ class Scheduler:
         self._finished: list[str] = []  # to be forgotten by the ranks
         self._arrivals = self._step = 0
         self._preemptions = self._steps_reported = self._integrity_checks = 0
+        self._prefix_cache_queries = self._prefix_cache_hits = 0
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -126,11 +117,7 @@ class Scheduler:
         The steps before it must have been applied.
         """
         sequences = self._in_flight[step.step]
-        return [
-            SamplingRow(sequence.request.sampling, sequence.token_ids, len(sequence.request.prompt_token_ids))
-            for row, sequence in zip(step.rows, sequences, strict=True)
-            if row.samples
-        ]
+        return [sequence.sampling_row for row, sequence in zip(step.rows, sequences, strict=True) if row.samples]
 
     def apply(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
         """Take a step's results.
@@ -139,9 +126,10 @@ class Scheduler:
         """
         outputs = []
         for row, sequence in zip(step.rows, self._in_flight.pop(step.step), strict=True):
-            is_there = self._sequences.get(row.request_id) is sequence
-            if is_there and (row.samples or row.prompt_logprobs is not None):
-                outputs.append(self._apply_row(row, sequence, result))
+            if self._sequences.get(row.request_id) is sequence and (output := sequence.take(row, result)) is not None:
+                outputs.append(output)
+                if output.finish_reason is not None:
+                    self._remove(sequence)
         return outputs
 
     # --- looking inside ----------------------------------------------------------------------------------------------
@@ -151,23 +139,26 @@ class Scheduler:
         stats = SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_kv_blocks=self._pool.num_blocks,
-            num_free_kv_blocks=self._pool.num_free,
+            num_kv_blocks=self._kv_cache.num_blocks,
+            num_free_kv_blocks=self._kv_cache.num_free,
             preemptions=self._preemptions,
             steps=self._step - self._steps_reported,
             integrity_checks=self._integrity_checks,
+            prefix_cache_queries=self._prefix_cache_queries,
+            prefix_cache_hits=self._prefix_cache_hits,
         )
         self._preemptions = self._integrity_checks = 0
+        self._prefix_cache_queries = self._prefix_cache_hits = 0
         self._steps_reported = self._step
         return stats
 
     def check_integrity(self) -> None:
-        """Check that every block is free or in one sequence's table, and every sequence in one queue.
+        """Check that every block is held by as many sequences as are counted, and every sequence is in one queue.
 
         Raises:
             IntegrityError: from the block pool.
         """
-        self._pool.check_integrity(sequence.block_ids for sequence in self._sequences.values())
+        self._kv_cache.check_integrity(sequence.block_table for sequence in self._sequences.values())
         queued = sorted(sequence.arrival for sequence in (*self._waiting, *self._running))
         assert queued == sorted(sequence.arrival for sequence in self._sequences.values()), "a sequence left the queues"
         self._integrity_checks += 1
@@ -203,103 +194,40 @@ class Scheduler:
         budget = self._max_num_batched_tokens - sum(chosen.values())
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
+            cached = self._kv_cache.find(sequence.token_ids, sequence.num_skippable_tokens)
             # One block to grow for each that runs: whoever is admitted should not be preempted at once.
-            needed = self._blocks_for(sequence.num_tokens) + len(self._running)
-            if sequence.num_pending_tokens or (self._running and needed > self._pool.num_free):
+            needed = self._kv_cache.num_taken(cached, sequence.num_tokens) + len(self._running)
+            if sequence.num_pending_tokens or needed > self._kv_cache.num_free:
                 break
+            sequence.begin(self._kv_cache.share(cached), cached.num_tokens)
             count = min(sequence.num_uncomputed_tokens, budget)
-            if not self._allocate(sequence, count):
-                break
+            allocated = self._allocate(sequence, count)
+            assert allocated, "the blocks were counted"
             self._running.append(self._waiting.popleft())
             chosen[sequence] = count
             budget -= count
 
     def _allocate(self, sequence: Sequence, count: int) -> bool:
-        missing = self._blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
-        block_ids = self._pool.allocate(max(0, missing))
-        if block_ids is None:
-            return False
-        sequence.block_ids.extend(block_ids)
-        return True
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return self._kv_cache.extend(sequence.block_table, sequence.token_ids, sequence.num_computed_tokens + count)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._pool.free(sequence.forget_computed())
+        self._kv_cache.free(sequence.forget_computed())
         self._waiting.appendleft(sequence)  # victims fall from the youngest on, so the order of arrival holds
         self._preemptions += 1
 
     def _schedule_row(self, sequence: Sequence, count: int) -> ScheduledRow:
-        """Advance the sequence and say what the ranks do not know yet."""
-        num_unsent_pending = sequence.num_tokens - max(sequence.num_sent_tokens, len(sequence.token_ids))
-        samples = sequence.num_computed_tokens + count == sequence.num_tokens
-        row = ScheduledRow(
-            request_id=sequence.request_id,
-            is_new=sequence.num_sent_tokens == 0,
-            new_token_ids=sequence.token_ids[sequence.num_sent_tokens :] + [PENDING_TOKEN] * num_unsent_pending,
-            new_block_ids=sequence.block_ids[sequence.num_sent_blocks :],
-            num_computed_tokens=sequence.num_computed_tokens,
-            num_scheduled_tokens=count,
-            samples=samples,
-            prompt_logprobs=self._want_prompt_logprobs(sequence, sequence.num_computed_tokens + count),
-        )
         if not sequence.is_known_to_ranks:
             sequence.is_known_to_ranks = True
             sequence.queue_seconds = self._clock() - sequence.arrival_time
             sequence.num_cached_tokens = sequence.num_computed_tokens
-        sequence.num_sent_tokens = sequence.num_tokens
-        sequence.num_sent_blocks = len(sequence.block_ids)
-        sequence.num_computed_tokens += count
-        sequence.num_pending_tokens += samples
-        return row
-
-    def _want_prompt_logprobs(self, sequence: Sequence, stop: int) -> PromptLogprobs | None:
-        """Ask for what a step up to the position `stop` can bring of the prompt's logprobs, each once.
-
-        What is asked for is delivered, as long as the sequence is there: a preemption takes no results back.
-        """
-        num_top = sequence.request.sampling.prompt_logprobs
-        start = sequence.num_prompt_logprobs
-        stop = min(stop, len(sequence.request.prompt_token_ids) - 1)
-        if num_top is None or start >= stop:
-            return None
-        sequence.num_prompt_logprobs = stop
-        return PromptLogprobs(start, stop, num_top)
-
-    def _apply_row(self, row: ScheduledRow, sequence: Sequence, result: StepResult) -> TokenOutput:
-        request_id = row.request_id
-        token = result.tokens[request_id] if row.samples else None
-        token_ids = [token] if isinstance(token, int) else []
-        has_logprobs = bool(token_ids) and sequence.request.sampling.logprobs is not None
-        queue_seconds, num_cached_tokens = sequence.take_news_of_first_step()
-        return TokenOutput(
-            request_id,
-            token_ids,
-            finish_reason=None if token is None else self._take_token(sequence, token),
-            error=token if isinstance(token, str) else None,
-            logprobs=[result.logprobs[request_id]] if has_logprobs else [],
-            prompt_logprobs=[] if row.prompt_logprobs is None else result.prompt_logprobs[request_id],
-            queue_seconds=queue_seconds,
-            num_cached_tokens=num_cached_tokens,
-        )
-
-    def _take_token(self, sequence: Sequence, token: int | str) -> FinishReason | None:
-        """Take what was sampled, or why nothing could be; return whether that ends the sequence."""
-        sequence.num_pending_tokens -= 1
-        finish_reason = None
-        if isinstance(token, str):
-            finish_reason = FinishReason.ERROR
-        else:
-            sequence.token_ids.append(token)
-            finish_reason = sequence.finish_reason
-        if finish_reason is not None:
-            self._remove(sequence)
-        return finish_reason
+            if self._kv_cache.enable_prefix_caching:
+                self._prefix_cache_queries += sequence.num_prompt_tokens
+                self._prefix_cache_hits += sequence.num_computed_tokens
+        return sequence.schedule(count)
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         (self._running if sequence in self._running else self._waiting).remove(sequence)
-        self._pool.free(sequence.forget_computed())
+        self._kv_cache.free(sequence.forget_computed())
         if sequence.is_known_to_ranks:
             self._finished.append(sequence.request_id)

@@ -192,6 +192,7 @@ def _make_leader(
         max_model_len=start.max_model_len,
         max_num_seqs=spec.engine.max_num_seqs,
         max_num_batched_tokens=spec.engine.max_num_batched_tokens,
+        enable_prefix_caching=spec.engine.enable_prefix_caching,
     )
     return Leader(
         scheduler, runner, server, followers, statistics, epoch=spec.epoch, vocab_size=shard.config.vocab_size

@@ -5,7 +5,8 @@ import itertools
 
 from engine.protocol.messages import Request, SamplingParams, ScheduledRow, ScheduledStep, TokenLogprobs, TokenOutput
 from engine.scheduler.result import StepResult
-from engine.scheduler.scheduler import PENDING_TOKEN, Scheduler
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import PENDING_TOKEN
 
 BLOCK_SIZE = 4
 VOCABULARY = 50
@@ -57,8 +58,9 @@ class FakeRank:
         tokens, logprobs, prompt_logprobs = {}, {}, {}
         for row in step.rows:  # after all have written
             token_ids, _ = self.sequences[row.request_id]
+            before = self.read(row.request_id, row.num_computed_tokens + row.num_scheduled_tokens)
+            assert before == token_ids[: len(before)], "it would attend to keys of other tokens"
             if row.samples:
-                before = self.read(row.request_id, row.num_computed_tokens + row.num_scheduled_tokens)
                 assert len(before) == len(token_ids)
                 token = tokens[row.request_id] = next_token(before)
                 logprobs[row.request_id] = logprobs_after(before, token)
@@ -91,7 +93,12 @@ class FakeRank:
 
 
 def make_scheduler(
-    *, num_kv_blocks: int = 16, max_model_len: int = 64, max_num_seqs: int = 8, max_num_batched_tokens: int = 64
+    *,
+    num_kv_blocks: int = 16,
+    max_model_len: int = 64,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    enable_prefix_caching: bool = True,
 ) -> Scheduler:
     ticks = itertools.count()
     return Scheduler(
@@ -101,6 +108,7 @@ def make_scheduler(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
         clock=lambda: float(next(ticks)),
     )
 
@@ -127,6 +135,7 @@ class Runner:
         self.scheduler = scheduler
         self.rank = FakeRank()
         self.outputs: dict[str, list[TokenOutput]] = {}
+        self.steps: list[ScheduledStep] = []
         self._one_step_late = one_step_late
         self._in_flight: tuple[ScheduledStep, StepResult] | None = None
 
@@ -137,6 +146,7 @@ class Runner:
             self.scheduler.fill_pending(step, self._in_flight[1].tokens)
         self._apply()
         if step is not None:
+            self.steps.append(step)
             assert len(self.scheduler.sampling_rows(step)) == sum(row.samples for row in step.rows)
             self._in_flight = (step, self.rank.run(step))
         if not self._one_step_late:
@@ -150,6 +160,10 @@ class Runner:
             if not self.advance():
                 return
         raise AssertionError("the scheduler does not come to an end")
+
+    def rows(self, request_id: str) -> list[ScheduledRow]:
+        """Return what was scheduled of a request so far."""
+        return [row for step in self.steps for row in step.rows if row.request_id == request_id]
 
     def tokens(self, request_id: str) -> list[int]:
         """Return what a request got so far."""

@@ -20,6 +20,10 @@ def test_a_value_out_of_range_is_named(options: dict[str, object], message: str)
         EngineConfig(**options)  # type: ignore[arg-type]
 
 
+def test_a_switch_can_be_off() -> None:
+    assert not EngineConfig(enable_prefix_caching=False).enable_prefix_caching
+
+
 def test_two_configurations_share_a_hash_only_if_they_are_equal() -> None:
     assert config_hash(EngineConfig(max_num_seqs=3)) == config_hash(EngineConfig(max_num_seqs=3))
     assert config_hash(EngineConfig(max_num_seqs=3)) != config_hash(EngineConfig(max_num_seqs=4))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.protocol.messages import FinishReason, PromptLogprobs, Request, ScheduledRow
+from engine.protocol.messages import FinishReason, PromptLogprobs, Request
 from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import Scheduler
 from tests.unit.scheduler_support import (
@@ -26,7 +26,9 @@ def drain(scheduler: Scheduler, *, one_step_late: bool = False) -> dict[str, lis
     return {request_id: runner.tokens(request_id) for request_id in runner.outputs}
 
 
-token_ids = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
+stems = st.sampled_from([list(range(10, 40)), [3] * 30, []])  # what prompts have in common
+tails = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=15)
+prompts = st.builds(lambda stem, length, tail: (stem[:length] + tail)[:30], stems, st.integers(0, 30), tails)
 asked = st.one_of(st.none(), st.just(0))
 
 
@@ -35,7 +37,7 @@ def drawn_requests(draw: st.DrawFn) -> list[Request]:
     return [
         make_request(
             str(i),
-            draw(token_ids),
+            draw(prompts),
             draw(st.integers(1, 40)),
             tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))),
             logprobs=draw(asked),
@@ -46,12 +48,21 @@ def drawn_requests(draw: st.DrawFn) -> list[Request]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn_requests(), st.integers(1, 20), st.integers(1, 6), st.integers(8, 24), st.booleans())
+@given(drawn_requests(), st.integers(1, 20), st.integers(1, 6), st.integers(8, 24), st.booleans(), st.booleans())
 def test_every_request_gets_what_it_would_get_alone(
-    requests: list[Request], budget: int, max_num_seqs: int, num_kv_blocks: int, one_step_late: bool
+    requests: list[Request],
+    budget: int,
+    max_num_seqs: int,
+    num_kv_blocks: int,
+    one_step_late: bool,
+    enable_prefix_caching: bool,
 ) -> None:
     scheduler = make_scheduler(
-        num_kv_blocks=num_kv_blocks, max_model_len=32, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+        num_kv_blocks=num_kv_blocks,
+        max_model_len=32,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=enable_prefix_caching,
     )
     for request in requests:
         scheduler.add(request)
@@ -237,18 +248,15 @@ def test_prompt_logprobs_come_chunk_by_chunk_and_once_though_the_prompt_is_compu
     old, young = make_request("old", [1, 2], max_tokens=14), make_request("young", [3] * 8, prompt_logprobs=2)
     scheduler.add(old)
     scheduler.add(young)
-    asked, runner = [], Runner(scheduler)
-    write = runner.rank.write
-
-    def spy(row: ScheduledRow) -> None:
-        if row.request_id == "young":
-            asked.append(row.prompt_logprobs)
-        write(row)
-
-    runner.rank.write = spy  # type: ignore[method-assign]
+    runner = Runner(scheduler)
     runner.run()
     assert scheduler.take_stats().preemptions > 0
-    assert asked[:4] == [PromptLogprobs(0, 3, 2), PromptLogprobs(3, 7, 2), None, None]
+    assert [row.prompt_logprobs for row in runner.rows("young")][:4] == [
+        PromptLogprobs(0, 3, 2),
+        PromptLogprobs(3, 7, 2),
+        None,
+        None,
+    ]
     assert runner.prompt_logprobs("young") == lone_prompt_logprobs(young)
 
 

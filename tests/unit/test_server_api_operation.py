@@ -203,6 +203,8 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
         preemptions=1,
         steps=10,
         integrity_checks=1,
+        prefix_cache_queries=30,
+        prefix_cache_hits=20,
     )
     for _ in range(2):
         server.send(StatsReport(1, scheduler, [stats]))
@@ -215,6 +217,7 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
     assert metric(server, 'rank_memory_bytes{kind="resident",rank="1"}') == 1000
     assert metric(server, "num_preemptions_total") == 2
     assert metric(server, "integrity_checks_total") == 2
+    assert (metric(server, "prefix_cache_queries_total"), metric(server, "prefix_cache_hits_total")) == (60, 40)
     assert (metric(server, "num_requests_running"), metric(server, "num_requests_waiting")) == (3, 2)
     assert (metric(server, "kv_cache_blocks"), metric(server, "kv_cache_used_blocks")) == (64, 48)
     assert metric(server, "kv_cache_usage_perc") == 0.75
