@@ -66,7 +66,7 @@ def compute_logprobs(
     gathered = group.gather(torch.cat(summaries))
     if gathered is None:
         return []
-    return _combine(gathered.view(len(queries), group.world_size, -1), wanted, queries)
+    return _combine(gathered.view(len(queries), group.world_size, -1), wanted, queries, num_top)
 
 
 def _owned_logits(logits: Tensor, rows: Tensor, token_ids: Tensor, shard: _Shard) -> Tensor:
@@ -92,7 +92,7 @@ def _summarize(x: Tensor, token_ids: Tensor, wanted: Tensor, shard: _Shard, num_
     return torch.cat([part.to(torch.float64) for part in parts], dim=1)
 
 
-def _combine(shards: Tensor, wanted: Tensor, queries: Sequence[LogprobQuery]) -> list[TokenLogprobs]:
+def _combine(shards: Tensor, wanted: Tensor, queries: Sequence[LogprobQuery], num_top: int) -> list[TokenLogprobs]:
     """Put the summaries of all shards together, `[num_rows, num_shards, 3 + 2 width]`."""
     width = (shards.shape[2] - 3) // 2
     maxima, exp_sums, likelier, top_logits, top_ids = torch.split(shards, [1, 1, 1, width, width], dim=2)
@@ -101,12 +101,13 @@ def _combine(shards: Tensor, wanted: Tensor, queries: Sequence[LogprobQuery]) ->
     ranks = likelier.sum(1).squeeze(1).to(torch.int64) + 1
     # Stable, and the lower ids come first already: they stay first among equals.
     order = top_logits.flatten(1).sort(dim=1, descending=True, stable=True)
+    top = order.indices[:, :num_top]
     answers = zip(
         queries,
         (wanted - log_z.squeeze(1)).tolist(),
         ranks.tolist(),
-        top_ids.flatten(1).gather(1, order.indices).to(torch.int64).tolist(),
-        (order.values - log_z).tolist(),
+        top_ids.flatten(1).gather(1, top).to(torch.int64).tolist(),
+        (order.values[:, :num_top] - log_z).tolist(),
         strict=True,
     )
     return [

@@ -11,9 +11,9 @@ import torch
 from engine.checkpoint.huggingface import load_weights
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
-from engine.protocol.messages import ScheduledRow, ScheduledStep
+from engine.protocol.messages import PromptLogprobs, ScheduledRow, ScheduledStep, TokenLogprobs
 from engine.protocol.model_config import ModelConfig
-from engine.worker import kv_tensors
+from engine.worker import kv_tensors, model_runner
 from engine.worker.model_runner import ModelRunner, RunnerOutput
 from tests.checkpoints import random_llama
 from tests.oracle import Reference
@@ -63,7 +63,7 @@ class Sequence:
     num_computed: int = 0
     num_blocks: int = 0  # handed out
 
-    def row(self, num_tokens: int) -> ScheduledRow:
+    def row(self, num_tokens: int, prompt_logprobs: PromptLogprobs | None = None) -> ScheduledRow:
         """Schedule the next `num_tokens`, with as many new blocks as they need."""
         start, stop = self.num_computed, self.num_computed + num_tokens
         known, num_blocks = (max(start, self.prompt_length) if start else 0), -(-stop // BLOCK_SIZE)
@@ -75,6 +75,7 @@ class Sequence:
             num_computed_tokens=start,
             num_scheduled_tokens=num_tokens,
             samples=stop >= self.prompt_length,
+            prompt_logprobs=prompt_logprobs,
         )
         self.num_computed, self.num_blocks = stop, num_blocks
         return row
@@ -175,3 +176,59 @@ def test_a_preempted_sequence_comes_back_whole_in_other_blocks(runner: ModelRunn
     check(runner.run(step(a.row(6), b.row(1))), reference, b.computed)
     check(runner.run(step(a.row(3), b.row(1))), reference, a.computed, b.computed)
     check(runner.run(step(a.row(1))), reference, a.computed)
+
+
+def check_prompt_logprobs(
+    found: list[TokenLogprobs], reference: Reference, sequence: Sequence, wanted: PromptLogprobs
+) -> None:
+    """Check that there is an entry for each position asked for: the reference's for the token that follows it."""
+    logits = reference.logits(sequence.token_ids[: wanted.stop])
+    tolerance = TOLERANCE * logits.abs().max().item()
+    expected = logits.log_softmax(1)
+    assert len(found) == wanted.stop - wanted.start
+    for position, entry in zip(range(wanted.start, wanted.stop), found, strict=True):
+        assert entry.token_id == sequence.token_ids[position + 1]
+        assert entry.logprob == pytest.approx(expected[position, entry.token_id].item(), abs=tolerance)
+        best = expected[position].topk(wanted.num_top)
+        assert entry.top_token_ids == best.indices.tolist()
+        assert entry.top_logprobs == pytest.approx(best.values.tolist(), abs=tolerance)
+
+
+def test_prompt_logprobs_come_for_the_positions_asked_for_chunk_by_chunk(
+    runner: ModelRunner, reference: Reference
+) -> None:
+    a, b, c = draw_sequences((13, 3, 9))
+    asked = PromptLogprobs(0, 5, 3), PromptLogprobs(5, 12, 3), PromptLogprobs(1, 2, 7)
+    output = runner.run(step(b.row(3), a.row(5, asked[0])))
+    assert list(output.prompt_logprobs) == ["a"]
+    check_prompt_logprobs(output.prompt_logprobs["a"], reference, a, asked[0])
+    output = runner.run(step(c.row(4, asked[2]), b.row(1), a.row(8, asked[1])))
+    assert list(output.prompt_logprobs) == ["c", "a"]
+    check_prompt_logprobs(output.prompt_logprobs["a"], reference, a, asked[1])
+    check_prompt_logprobs(output.prompt_logprobs["c"], reference, c, asked[2])
+    check(output, reference, b.computed, a.computed)
+
+
+def test_prompt_logprobs_need_no_row_that_samples(runner: ModelRunner, reference: Reference) -> None:
+    [a] = draw_sequences((9,))
+    wanted = PromptLogprobs(2, 5, 1)
+    output = runner.run(step(a.row(5, wanted)))
+    assert output.logits is None
+    check_prompt_logprobs(output.prompt_logprobs["a"], reference, a, wanted)
+
+
+def test_prompt_logprobs_are_the_same_from_logits_of_a_few_positions_at_a_time(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of a whole prompt would take gigabytes: they are made and summed up in pieces."""
+    whole, pieces = (draw_sequences((20,))[0].row(20, PromptLogprobs(0, 19, 4)) for _ in range(2))
+    expected = runner.run(step(whole)).prompt_logprobs["a"]
+    monkeypatch.setattr(model_runner, "PROMPT_LOGITS_SIZE", 3 * VOCAB_SIZE)
+    found = runner.run(step(pieces)).prompt_logprobs["a"]
+    assert [entry.top_token_ids for entry in found] == [entry.top_token_ids for entry in expected]
+    assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in expected], abs=1e-5)
+
+
+def test_a_row_that_does_not_ask_has_no_prompt_logprobs(runner: ModelRunner) -> None:
+    a, b = draw_sequences((5, 5))
+    assert runner.run(step(a.row(5), b.row(5))).prompt_logprobs == {}

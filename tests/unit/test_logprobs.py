@@ -81,7 +81,7 @@ def test_a_token_that_the_model_excludes_has_minus_infinity() -> None:
 def test_padding_counts_for_nothing() -> None:
     logits = random_logits(2, 10)
     padded = torch.cat((logits, torch.full((2, 3), 50.0)), dim=1)
-    query = LogprobQuery(1, 4, 10)
+    query = LogprobQuery(1, 4, 12)
     assert compute_logprobs(padded, [query], ALONE, vocab_size=10) == compute(logits, query)
 
 
