@@ -1,0 +1,160 @@
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.http_protocol import ARRIVAL_SECONDS, MAX_HEADER_SIZE, BoundedHTTPProtocol
+from tests.unit.server_support import COMPLETIONS, RunningServer, ServerLog, post, raw_exchange, running_server
+
+GET = b"GET /version HTTP/1.1\r\nhost: x\r\n"
+POST = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode()
+PATIENCE = 0.5
+
+
+@pytest.fixture
+def hasty(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    """A server that waits for a whole request half a second."""
+    monkeypatch.setattr(BoundedHTTPProtocol, "arrival_seconds", PATIENCE)
+    with running_server(model) as server:
+        yield server
+
+
+def connect(server: RunningServer) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    received = b""
+    while piece := connection.recv(65536):
+        received += piece
+    return received
+
+
+def send_slowly(connection: socket.socket, data: bytes, seconds: float) -> bytes:
+    """Send a byte at a time until an answer comes, which is returned whole."""
+    connection.settimeout(0.02)
+    deadline = time.monotonic() + seconds
+    for byte in data:
+        assert time.monotonic() < deadline, "nobody stops this client"
+        connection.send(bytes([byte]))
+        try:
+            begin = connection.recv(65536)
+        except TimeoutError:
+            continue
+        connection.settimeout(10)
+        return begin + read_to_end(connection)
+    raise AssertionError("all was sent and nothing came")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"GET /" + b"x" * MAX_HEADER_SIZE + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        GET + b"x-large: " + b"x" * MAX_HEADER_SIZE + b"\r\n\r\n",
+        GET + b"".join(b"x-%d: %s\r\n" % (i, b"x" * 90) for i in range(MAX_HEADER_SIZE // 90)) + b"\r\n",
+        GET + b"x-endless: " + b"x" * 1_000_000,
+        POST + b"transfer-encoding: chunked\r\n\r\n0\r\n" + b"x-trailer: x\r\n" * MAX_HEADER_SIZE,
+        POST + b"transfer-encoding: chunked\r\n\r\n5;extension=" + b"x" * 1_000_000,
+    ],
+    ids=["URL", "field", "many fields", "field without an end", "trailers", "chunk extension"],
+)
+def test_a_header_beyond_the_limit_is_refused(idle_server: RunningServer, header: bytes) -> None:
+    with connect(idle_server) as connection:
+        try:
+            connection.sendall(header)
+            answer = read_to_end(connection)
+        except ConnectionError:  # what is sent after the answer is not waited for
+            answer = b"HTTP/1.1 431"
+    assert answer.startswith(b"HTTP/1.1 431")
+
+
+def test_the_refusal_has_openais_shape(idle_server: RunningServer) -> None:
+    header = GET + b"x-large: " + b"x" * MAX_HEADER_SIZE + b"\r\n\r\n"
+    head, _, body = raw_exchange(idle_server, header).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large")
+    assert str(MAX_HEADER_SIZE).encode() in body
+    assert b'"type":"invalid_request_error"' in body
+
+
+def test_headers_up_to_the_limit_are_taken(idle_server: RunningServer) -> None:
+    answer = httpx.get(f"{idle_server.url}/version", headers={"x-large": "x" * (MAX_HEADER_SIZE - 1000)})
+    assert answer.status_code == 200
+
+
+def test_many_small_chunks_are_no_header(server: RunningServer) -> None:
+    body = b'{"prompt": [5], "max_tokens": 1' + b" " * 30_000 + b"}"
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    assert len(pieces) > 2 * MAX_HEADER_SIZE
+    request = POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n"
+    assert raw_exchange(server, request).startswith(b"HTTP/1.1 200")
+
+
+def test_many_requests_on_one_connection_are_no_large_header(idle_server: RunningServer) -> None:
+    count = MAX_HEADER_SIZE // len(GET) * 2
+    answer = raw_exchange(idle_server, (GET + b"\r\n") * count + GET + b"connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200") == count + 1
+
+
+def test_a_slow_header_is_cut_off(hasty: RunningServer) -> None:
+    with connect(hasty) as connection:
+        answer = send_slowly(connection, GET * 1000, seconds=10)
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
+    assert b"connection: close" in answer
+
+
+def test_a_slow_body_is_cut_off(hasty: RunningServer, server_log: ServerLog) -> None:
+    with connect(hasty) as connection:
+        connection.sendall(POST + b"content-length: 10000\r\n\r\n")
+        answer = send_slowly(connection, b"x" * 10000, seconds=10)
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
+    assert "408" in server_log.wait_for("did not arrive")[1]
+
+
+def test_a_body_that_goes_on_after_its_answer_is_cut_off(hasty: RunningServer) -> None:
+    with connect(hasty) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 10000\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 404")
+
+
+def test_empty_lines_hold_no_connection_open(hasty: RunningServer) -> None:
+    with connect(hasty) as connection:
+        connection.sendall(b"\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408")
+
+
+def test_a_request_may_wait_for_the_answer_before_it(hasty: RunningServer) -> None:
+    """Only the client's own time counts."""
+    hasty.engine.script = lambda _: "a"
+    hasty.engine.step_seconds = 2 * PATIENCE
+    body = b'{"prompt": [5], "max_tokens": 2}'
+    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    answer = raw_exchange(hasty, request + b"\r\n" + request + GET + b"connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200") == 3
+
+
+def test_a_connection_that_says_nothing_is_closed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http_server.KEEP_ALIVE_SECONDS", PATIENCE)
+    with running_server(model) as server, connect(server) as silent, connect(server) as done:
+        done.sendall(GET + b"\r\n")
+        assert read_to_end(done).startswith(b"HTTP/1.1 200")
+        assert read_to_end(silent) == b""
+
+
+def test_nonsense_after_a_request_does_not_break_into_its_answer(server: RunningServer) -> None:
+    server.engine.step_seconds = 0.05
+    body = b'{"prompt": [5], "max_tokens": 20, "ignore_eos": true, "stream": true}'
+    with connect(server) as connection:
+        connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        received = connection.recv(65536)
+        connection.sendall(b"nonsense\r\n\r\n")
+        received += read_to_end(connection)
+    assert received.count(b"HTTP/1.1") == 1
+
+
+def test_a_minute_is_the_limit_by_default(server: RunningServer) -> None:
+    assert ARRIVAL_SECONDS == BoundedHTTPProtocol.arrival_seconds == 60
+    assert post(server, COMPLETIONS, {"prompt": [5]}).status_code == 200
