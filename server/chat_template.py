@@ -88,16 +88,11 @@ class ChatTemplate:
         own = {"messages": messages, "tools": None, "documents": None, **self._special_tokens}
         deadline = time.perf_counter() + MAX_RENDER_SECONDS
         try:
-            prompt = self._template.render({**variables, **own, DEADLINE: deadline})
-            prompt.encode()
+            return self._template.render({**variables, **own, DEADLINE: deadline})
         except ChatTemplateError:
             raise
-        except UnicodeEncodeError as error:
-            message = "holds half of a surrogate pair, which is not a character"
-            raise ChatTemplateError(message, "chat_template_kwargs") from error
         except Exception as error:  # a template is a program of others: whatever it raises is about these messages
             raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
-        return prompt
 
 
 def _until_mark(prompt: str, final_text: str) -> str:

@@ -137,9 +137,3 @@ def test_a_variable_that_the_template_lacks_is_refused() -> None:
     with pytest.raises(ChatTemplateError, match="no such variable") as raised:
         ChatTemplate("{% set mine = 1 %}{{ messages }}", {}).render(MESSAGES, kwargs={"mine": 2})
     assert raised.value.param == "chat_template_kwargs.mine"
-
-
-def test_a_variable_with_half_a_character_is_refused() -> None:
-    with pytest.raises(ChatTemplateError, match="surrogate") as raised:
-        ChatTemplate("{{ note }}", {}).render(MESSAGES, kwargs={"note": ["\ud800"][0]})
-    assert raised.value.param == "chat_template_kwargs"
