@@ -10,7 +10,8 @@ import pytest
 import zmq
 
 from engine.protocol.config import EngineConfig
-from engine.protocol.messages import GroupState, Request, SamplingParams
+from engine.protocol.messages import FinishReason, GroupState, Request, SamplingParams
+from engine.protocol.model_config import ModelConfig
 from tests.checkpoints import random_llama
 from tests.engine_process import EngineFailedError, EngineProcess
 from tests.leftovers import Leftovers
@@ -126,13 +127,32 @@ def test_a_cache_that_memory_cannot_hold_is_the_users_to_mend(checkpoint: Path) 
 
 
 def test_a_request_that_can_never_run_is_answered_with_its_error(checkpoint: Path) -> None:
-    sampling = SamplingParams(max_tokens=4)
+    good = SamplingParams(max_tokens=4)
+    bad = [
+        Request("the prompt", [10**6], good),
+        Request("logit_bias", [1], SamplingParams(max_tokens=4, logit_bias={3: 1.0, 10**6: 1.0})),
+        Request("stop_token_ids", [1], SamplingParams(max_tokens=4, stop_token_ids=(-1,))),
+    ]
     with EngineProcess(config(checkpoint, tp_size=1)) as engine:
-        engine.submit([Request("outside", [10**6], sampling), Request("good", [1], sampling)])
+        engine.submit([*bad, Request("good", [1], good)])
         outputs = {output.request_id: output for output in engine.receive()}
-        assert outputs["outside"].error is not None
-        assert "outside the vocabulary" in outputs["outside"].error
+        for request in bad:
+            assert str(outputs[request.request_id].error).startswith(
+                f"{request.request_id} has token ids outside the vocabulary"
+            )
         assert engine.receive()[0].request_id == "good"
+
+
+def test_a_request_for_which_every_token_is_excluded_ends_alone(checkpoint: Path) -> None:
+    vocab_size = ModelConfig.from_directory(checkpoint).vocab_size
+    sampling = SamplingParams(max_tokens=4)
+    nothing_left = SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=tuple(range(vocab_size)))
+    with EngineProcess(config(checkpoint, tp_size=2)) as engine:
+        engine.submit([Request("stuck", [1], nothing_left), Request("good", [1], sampling)])
+        outputs = {output.request_id: output for output in engine.receive()}
+        assert outputs["stuck"].finish_reason is FinishReason.ERROR
+        assert "min_tokens" in str(outputs["stuck"].error)
+        assert len(outputs["good"].token_ids) == 1
 
 
 def test_an_aborted_request_frees_its_blocks_while_others_go_on(checkpoint: Path) -> None:
