@@ -13,6 +13,7 @@ from engine.protocol.model_config import ModelConfig
 from server.config import ServerConfig
 from server.credentials import Credentials
 from server.launch import EngineProcess
+from server.limits import RequestLimits
 from server.listener import listen
 from server.logs import configure_logging
 from server.model_files import ModelFiles
@@ -88,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--config", metavar="FILE", help="YAML file with options (RYZANSTEIN_CONFIG)")
     add_options(serve, "model and engine", engine_options)
-    add_options(serve, "server", options_of(ServerConfig))
+    limits = options_of(RequestLimits)
+    add_options(serve, "server", [item for item in options_of(ServerConfig) if item not in limits])
+    add_options(serve, "most of a request", limits)
     return parser
 
 

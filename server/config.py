@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
+from server.limits import RequestLimits
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
 ANY = ("*",)
@@ -14,8 +15,8 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Where and how the API is served.
+class ServerConfig(RequestLimits):
+    """Where and how the API is served, and what a request may ask for.
 
     Raises:
         ValueError: naming the option, when a value is out of range.
@@ -50,6 +51,7 @@ class ServerConfig:
     log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_choices()
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be between 0 and 65535, not {self.port}")

@@ -17,11 +17,17 @@ class Detokenizer:
 
     def __init__(self, token_bytes: TokenBytes, prompt_token_ids: Sequence[int]) -> None:
         self._bytes_of = token_bytes.__getitem__
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode = self._decoder.decode
         # A prompt given as ids may end inside a character: the completion then begins with the rest of it.
         self._decode(b"".join(map(self._bytes_of, prompt_token_ids[1 - LONGEST_CHARACTER :])))
         continues = any(self._bytes_of(token_id) for token_id in reversed(prompt_token_ids))
         self._spaces_to_strip = 0 if continues else token_bytes.leading_spaces
+
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether bytes of a character are held back that is not complete."""
+        return bool(self._decoder.getstate()[0])
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Return the text that `token_ids` complete."""

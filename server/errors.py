@@ -112,4 +112,4 @@ def field_path(location: Sequence[str | int]) -> str | None:
     path = ""
     for part in location[1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".") or None
+    return path.removeprefix(".") if len(location) > 1 else None

@@ -2,16 +2,16 @@
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from engine.protocol.messages import FinishReason, Request, SamplingParams, TokenOutput
-from server.detokenizer import Detokenizer
+from engine.protocol.messages import Request, SamplingParams, TokenOutput
+from server.choice import Choice, Delta, Reason, TextOptions
 from server.engine_client import EngineClient
-from server.errors import APIError, engine_failed
-from server.stop_strings import StopStrings
+from server.errors import APIError
 from server.token_bytes import TokenBytes
+from server.transcript import LogprobEntry
 
 
 @dataclass(frozen=True)
@@ -21,49 +21,23 @@ class GenerationPlan:
     response_id: str
     prompts: list[list[int]]
     sampling: SamplingParams
-    num_choices: int  # of each prompt
-    stop: list[str]
+    num_sampled: int  # of each prompt …
+    num_choices: int  # … of which so many are wanted: the likeliest
+    text: TextOptions
     arrival: float  # of the API request, by `time.perf_counter`
 
 
 @dataclass(frozen=True)
-class Delta:
-    """New text of one choice; its last one has a finish reason."""
+class Completion:
+    """One choice as a whole."""
 
     index: int
+    source: Choice
     text: str
-    finish_reason: str | None
-
-
-@dataclass
-class Choice:
-    """One sequence's text."""
-
-    index: int
-    detokenizer: Detokenizer
-    stop: StopStrings
-    num_tokens: int = field(default=0)
-
-    def feed(self, output: TokenOutput) -> Delta:
-        """Return what `output` adds.
-
-        Raises:
-            APIError: when the engine ended the sequence with an error.
-        """
-        if output.finish_reason is FinishReason.ERROR:
-            raise engine_failed(output.error or "The engine could not finish this request.")
-        self.num_tokens += len(output.token_ids)
-        # A stop token is the sequence's last and has no text.
-        ended_by_token = output.finish_reason is FinishReason.STOP
-        text = self.detokenizer.feed(output.token_ids[:-1] if ended_by_token else output.token_ids)
-        if output.finish_reason is not None:
-            text += self.detokenizer.finish()
-        text = self.stop.feed(text)
-        if self.stop.found is not None:
-            return Delta(self.index, text, FinishReason.STOP.value)
-        if output.finish_reason is not None:
-            return Delta(self.index, text + self.stop.finish(), output.finish_reason.value)
-        return Delta(self.index, text, None)
+    finish_reason: Reason
+    stop_reason: str | int | None
+    token_ids: list[int]
+    entries: list[LogprobEntry]
 
 
 class Generation:
@@ -71,16 +45,23 @@ class Generation:
 
     def __init__(self, engine: EngineClient, token_bytes: TokenBytes, plan: GenerationPlan) -> None:
         self._engine = engine
+        self._plan = plan
         self._requests = _requests(plan)
-        self._arrival = plan.arrival
         self._open = {
-            request.request_id: Choice(
-                index, Detokenizer(token_bytes, request.prompt_token_ids), StopStrings(plan.stop)
-            )
+            request.request_id: Choice(index, request, plan.text, token_bytes)
             for index, request in enumerate(self._requests)
         }
         self.choices: Sequence[Choice] = tuple(self._open.values())
-        self.num_prompt_tokens = sum(map(len, plan.prompts))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(map(len, self._plan.prompts))
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that did not have to be computed, those of each prompt's first choice."""
+        return sum(choice.num_cached_tokens for choice in self.choices[:: self._plan.num_sampled])
 
     @property
     def num_completion_tokens(self) -> int:
@@ -96,7 +77,7 @@ class Generation:
         Raises:
             APIError: when the engine takes no requests, or could not finish one.
         """
-        inbox = self._engine.submit(self._requests, self._arrival)
+        inbox = self._engine.submit(self._requests, self._plan.arrival)
         try:
             while self._open:
                 deltas, error = self._feed_until_error(await inbox.take())
@@ -125,25 +106,46 @@ class Generation:
             self._engine.end(output.request_id)  # it goes on where only a stop string ended it
         return delta
 
-    async def collect(self) -> list[Delta]:
-        """Return each choice's whole text and finish reason.
+    async def collect(self) -> list[Completion]:
+        """Return the whole of every choice that is wanted.
 
         Raises:
             APIError: see `deltas`.
         """
-        texts: list[list[str]] = [[] for _ in self.choices]
-        reasons: list[str | None] = [None] * len(self.choices)
+        parts: list[list[Delta]] = [[] for _ in self.choices]
         async with aclosing(self.deltas()) as arriving:
             async for deltas in arriving:
                 for delta in deltas:
-                    texts[delta.index].append(delta.text)
-                    reasons[delta.index] = delta.finish_reason or reasons[delta.index]
-        return [Delta(index, "".join(texts[index]), reason) for index, reason in enumerate(reasons)]
+                    parts[delta.index].append(delta)
+        return [_join(index, choice, parts[choice.index]) for index, choice in enumerate(self._best())]
+
+    def _best(self) -> Iterable[Choice]:
+        """Return each prompt's likeliest choices, the likeliest first; all in their order where all are wanted."""
+        num_sampled, num_choices = self._plan.num_sampled, self._plan.num_choices
+        if num_sampled == num_choices:
+            return self.choices
+        groups = (self.choices[begin : begin + num_sampled] for begin in range(0, len(self.choices), num_sampled))
+        ranked = (sorted(group, key=lambda choice: choice.mean_logprob, reverse=True) for group in groups)
+        return [choice for group in ranked for choice in group[:num_choices]]
+
+
+def _join(index: int, source: Choice, deltas: Sequence[Delta]) -> Completion:
+    last = deltas[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        index,
+        source,
+        "".join(delta.text for delta in deltas),
+        last.finish_reason,
+        last.stop_reason,
+        [token_id for delta in deltas for token_id in delta.token_ids or ()],
+        [entry for delta in deltas for entry in delta.entries],
+    )
 
 
 def _requests(plan: GenerationPlan) -> list[Request]:
-    """Return one engine request for each choice: `n` of them share a prompt and a seed."""
-    pairs = [(prompt, choice) for prompt in plan.prompts for choice in range(plan.num_choices)]
+    """Return one engine request for each choice: those of one prompt share it and a seed."""
+    pairs = [(prompt, choice) for prompt in plan.prompts for choice in range(plan.num_sampled)]
     return [
         Request(f"{plan.response_id}-{index}", prompt, replace(plan.sampling, choice_index=choice))
         for index, (prompt, choice) in enumerate(pairs)

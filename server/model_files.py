@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.limits import INT64, MAX_TEMPERATURE
+from server.limits import INT64, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ModelFiles:
 
     def ignored_defaults(self) -> list[str]:
         """Return the generation config's sampling values that have no effect here, as `name=value`."""
-        neutral = {"repetition_penalty": 1.0, "typical_p": 1.0, "min_new_tokens": 0, "bad_words_ids": []}
+        neutral = {"typical_p": 1.0, "min_new_tokens": 0, "bad_words_ids": []}
         values = {name: self.generation.get(name) for name in neutral}
         return [f"{name}={value}" for name, value in values.items() if value is not None and value != neutral[name]]
 
@@ -88,6 +89,7 @@ class ModelFiles:
             top_p=self._number("top_p", 1.0, 0.0, 1.0),
             top_k=max(0, self._whole_number("top_k", 0, -1, INT64 - 1)),
             min_p=self._number("min_p", 0.0, 0.0, 1.0),
+            repetition_penalty=self._number("repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
         )
 
     def _number(self, name: str, default: float, low: float, high: float) -> float:

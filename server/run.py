@@ -48,7 +48,7 @@ async def _serve(
         url = listening_url(listener, "http" if credentials.tls is None else "https")
         sys.stderr.write(banner(status, process.spec.engine, model, url) + "\n")
 
-    app = create_app(Service(model, client, metrics), config, credentials)
+    app = create_app(Service(model, client, metrics, config), config, credentials)
     http = HTTPServer(app, config, credentials)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, announce).run())

@@ -12,22 +12,27 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from engine.protocol.model_config import ModelConfig
+from server.api.checks import check_limits, check_prompts, check_vocabulary
+from server.api.logprobs import LogprobFormat
 from server.api.requests import GenerationRequest
+from server.api.responses import PromptLogprobs
 from server.chat_template import ChatTemplate
+from server.choice import Choice, TextOptions
 from server.config import ServerConfig
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Generation, GenerationPlan
+from server.limits import RequestLimits
 from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
 from server.threads import in_daemon_thread
+from server.token_bytes import TokenBytes
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_SEQUENCES = 1024  # of one API request
 MAX_LONG_WORK = 2  # texts tokenized or rendered beside the event loop at once
 LONG_TEXT = 20_000  # characters that take some 10 ms to tokenize: too long to let every stream wait
 
@@ -89,6 +94,7 @@ class Service:
     model: TextModel
     engine: EngineClient
     metrics: Metrics
+    limits: RequestLimits
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_WORK))
 
     @property
@@ -102,16 +108,24 @@ class Service:
             message = f"The model {name!r} does not exist; {self.model.name!r} is served here."
             raise APIError(message, status=404, param="model", code="model_not_found")
 
-    async def encode(self, param: str, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Return each text's token ids.
+    def check(self, body: GenerationRequest) -> None:
+        """Raise an `APIError` when `body` cannot be served whatever the tokens of its prompts are."""
+        self.engine.require_ready()
+        self.check_model(body.model)
+        check_limits(body, self.limits)
+        check_vocabulary(body, self.model.vocab_size)
+
+    async def encode(
+        self, body: GenerationRequest, param: str, texts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[list[int]]:
+        """Return the token ids of each text of `body`.
 
         Raises:
             APIError: naming the field `param`, when a text is too long whatever its tokens are.
             APIError: (503) when the service ends meanwhile.
         """
-        tokenizer = self.model.tokenizer
-        least = max(map(tokenizer.least_tokens, texts))
-        if least >= self.max_model_len:
+        least = max(map(self.model.tokenizer.least_tokens, texts))
+        if least >= self.max_model_len and body.truncate_prompt_tokens is None:
             raise _too_long(f"the prompt has at least {least} tokens, which leaves no room in it", self, param)
         return await self.tokenize(texts, add_special_tokens=add_special_tokens)
 
@@ -159,28 +173,50 @@ class Service:
         Raises:
             APIError: naming the field, when the request cannot be served.
         """
-        num_choices = body.n or 1
-        num_sequences = len(prompts.ids) * num_choices
-        if num_sequences > MAX_SEQUENCES:
-            message = f"n: times the number of prompts it is {num_sequences}; at most {MAX_SEQUENCES} are allowed."
-            raise APIError(message, param="n", code="invalid_value")
-        self.check_ids(prompts)
-        limit = self._token_limit(body, max(map(len, prompts.ids)), prompts.field, max_tokens)
         model = self.model
-        sampling = sampling_params(body, model.sampling_defaults, model.stop_token_ids, limit, model.seeds)
-        plan = GenerationPlan(response_id, prompts.ids, sampling, num_choices, body.stop, arrival)
-        return Generation(self.engine, self.model.tokenizer.token_bytes, plan)
+        name, limit = body.token_limit
+        ids = self._truncate(body.truncate_prompt_tokens, prompts.ids, max_tokens if limit is None else limit)
+        self.check_ids(Prompts(prompts.field, ids))
+        limit = self._token_limit(body, max(map(len, ids)), prompts.field, max_tokens)
+        if body.min_tokens is not None and body.min_tokens > limit:
+            message = f"min_tokens: {body.min_tokens} is more than {name}, which is {limit}."
+            raise APIError(message, param="min_tokens", code="invalid_value")
+        plan = GenerationPlan(
+            response_id,
+            ids,
+            sampling_params(body, model.sampling_defaults, model.stop_token_ids, limit, model.seeds),
+            num_sampled=body.num_sampled,
+            num_choices=body.num_choices,
+            text=_text_options(body, scores_only=limit == 0),
+            arrival=arrival,
+        )
+        return Generation(self.engine, self._spelling(body), plan)
 
     def check_ids(self, prompts: Prompts) -> None:
-        """Raise an `APIError` naming the field unless each prompt has tokens, all of them of the vocabulary."""
-        param = prompts.field
-        for prompt in prompts.ids:
-            if not prompt:
-                raise APIError(f"{param}: has no tokens.", param=param, code="invalid_value")
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            if not 0 <= wrong < self.model.vocab_size:
-                message = f"{param}: token id {wrong} is outside the vocabulary of {self.model.vocab_size}."
-                raise APIError(message, param=param, code="invalid_value")
+        """Raise an `APIError` when a prompt has no tokens, or one that the model does not know."""
+        check_prompts(prompts.field, prompts.ids, self.model.vocab_size)
+
+    def logprob_format(self, num_top: int | None) -> LogprobFormat:
+        """Return what writes log-probabilities, with those of the `num_top` likeliest tokens."""
+        return LogprobFormat(self.model.tokenizer.token_bytes_with_special, num_top or 0)
+
+    def prompt_logprobs(self, body: GenerationRequest, choice: Choice) -> PromptLogprobs | None:
+        """Return what the answer says of the prompt's tokens, if `body` asks for it."""
+        if body.prompt_logprobs is None:
+            return None
+        return self.logprob_format(body.prompt_logprobs).prompt(choice.prompt_logprobs)
+
+    def _spelling(self, body: GenerationRequest) -> TokenBytes:
+        tokenizer = self.model.tokenizer
+        return tokenizer.token_bytes_with_special if body.skip_special_tokens is False else tokenizer.token_bytes
+
+    def _truncate(self, keep: int | None, prompts: list[list[int]], max_tokens: int | None) -> list[list[int]]:
+        """Return each prompt's last `keep` tokens, -1 being as many as leave room for what follows."""
+        if keep is None:
+            return prompts
+        if keep == -1:
+            keep = max(1, self.max_model_len - max(1, max_tokens or 1))
+        return [prompt[-keep:] for prompt in prompts]
 
     def _token_limit(self, body: GenerationRequest, prompt_len: int, prompt_field: str, default: int | None) -> int:
         """Return how many tokens may be generated for the longest prompt."""
@@ -193,6 +229,19 @@ class Service:
         if limit > room:
             raise _too_long(f"the prompt has {prompt_len} tokens and {name} is {limit}", self, name)
         return limit
+
+
+def _text_options(body: GenerationRequest, *, scores_only: bool) -> TextOptions:
+    return TextOptions(
+        stop=tuple(body.stop),
+        stop_token_ids=frozenset(body.stop_token_ids),
+        include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=body.min_tokens or 0,
+        echo=body.has_echo,
+        scores_only=scores_only,
+        logprobs=body.num_logprobs is not None,
+        token_ids=bool(body.return_token_ids),
+    )
 
 
 def _too_long(problem: str, service: Service, param: str) -> APIError:

@@ -11,8 +11,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.chunks import ChunkEncoder
+from server.api.responses import UsageCounts
 from server.errors import APIError
-from server.generation import Generation
+from server.generation import Completion, Generation
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def collect(request: Request, generation: Generation) -> list[Any]:
+async def collect(request: Request, generation: Generation) -> list[Completion]:
     """Return the whole of every choice; see `Generation.collect` and `while_connected`."""
     return await while_connected(request.receive, generation.collect())
 
@@ -62,10 +63,15 @@ async def events_of(generation: Generation, encoder: ChunkEncoder, include_usage
     yield (encoder.encode_usage(usage_of(generation)) if include_usage else b"") + DONE
 
 
-def usage_of(generation: Generation) -> dict[str, int]:
+def usage_of(generation: Generation) -> UsageCounts:
     """Return the token counts so far."""
     prompt, completion = generation.num_prompt_tokens, generation.num_completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+    }
 
 
 class EventStream(Response):

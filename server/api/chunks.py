@@ -6,14 +6,19 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from server.generation import Delta
+from server.api.logprobs import ChatLogprobs, CompletionLogprobs, LogprobFormat
+from server.api.responses import UsageCounts
+from server.choice import Delta
 
 
 class _CompletionChoice(Struct):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class _ChatDelta(Struct, omit_defaults=True):
@@ -24,8 +29,10 @@ class _ChatDelta(Struct, omit_defaults=True):
 class _ChatChoice(Struct):
     index: int
     delta: _ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class _Chunk(Struct):
@@ -34,7 +41,8 @@ class _Chunk(Struct):
     created: int
     model: str
     choices: list[_CompletionChoice] | list[_ChatChoice]
-    usage: dict[str, int] | UnsetType | None = UNSET
+    usage: UsageCounts | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class ChunkEncoder(Protocol):
@@ -43,22 +51,27 @@ class ChunkEncoder(Protocol):
     def encode(self, delta: Delta) -> bytes:
         """Return the events that `delta` makes, possibly none."""
 
-    def encode_usage(self, usage: dict[str, int]) -> bytes:
+    def encode_usage(self, usage: UsageCounts) -> bytes:
         """Return the event with the token counts."""
 
 
 class _Events:
     """What all chunks of one stream share. With `include_usage` each has a `usage`, which is null but in the last."""
 
-    def __init__(self, response_id: str, kind: str, model: str, include_usage: bool) -> None:
+    def __init__(self, response_id: str, kind: str, model: str, logprobs: LogprobFormat, include_usage: bool) -> None:
         self._head = response_id, kind, int(time.time()), model
+        self._logprobs = logprobs
         self._usage: UnsetType | None = None if include_usage else UNSET
         self._encode = msgspec.json.Encoder().encode
 
-    def event(self, choices: list[_CompletionChoice] | list[_ChatChoice]) -> bytes:
-        return b"data: " + self._encode(_Chunk(*self._head, choices, self._usage)) + b"\n\n"
+    def event(
+        self,
+        choices: list[_CompletionChoice] | list[_ChatChoice],
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+    ) -> bytes:
+        return b"data: " + self._encode(_Chunk(*self._head, choices, self._usage, prompt_token_ids)) + b"\n\n"
 
-    def encode_usage(self, usage: dict[str, int]) -> bytes:
+    def encode_usage(self, usage: UsageCounts) -> bytes:
         """Return the event with the token counts."""
         no_choices: list[_CompletionChoice] = []
         return b"data: " + self._encode(_Chunk(*self._head, no_choices, usage)) + b"\n\n"
@@ -67,21 +80,30 @@ class _Events:
 class CompletionChunks(_Events):
     """The stream of `/v1/completions`."""
 
-    def __init__(self, response_id: str, model: str, include_usage: bool) -> None:
-        super().__init__(response_id, "text_completion", model, include_usage)
+    def __init__(self, response_id: str, model: str, logprobs: LogprobFormat, include_usage: bool) -> None:
+        super().__init__(response_id, "text_completion", model, logprobs, include_usage)
 
     def encode(self, delta: Delta) -> bytes:
         """Return the event that `delta` makes, if any."""
-        if not delta.text and delta.finish_reason is None:
+        if not _has_news(delta) and delta.finish_reason is None:
             return b""
-        return self.event([_CompletionChoice(delta.index, delta.text, finish_reason=delta.finish_reason)])
+        choice = _CompletionChoice(delta.index, delta.text, finish_reason=delta.finish_reason)
+        if delta.entries:
+            choice.logprobs = self._logprobs.completion(delta.entries)
+        if delta.finish_reason is not None:
+            choice.stop_reason = delta.stop_reason
+        if delta.token_ids is not None:
+            choice.token_ids = delta.token_ids
+        if delta.prompt_token_ids is not None:
+            choice.prompt_token_ids = delta.prompt_token_ids
+        return self.event([choice])
 
 
 class ChatChunks(_Events):
     """The stream of `/v1/chat/completions`: a choice begins with its role and ends with its finish reason."""
 
-    def __init__(self, response_id: str, model: str, include_usage: bool) -> None:
-        super().__init__(response_id, "chat.completion.chunk", model, include_usage)
+    def __init__(self, response_id: str, model: str, logprobs: LogprobFormat, include_usage: bool) -> None:
+        super().__init__(response_id, "chat.completion.chunk", model, logprobs, include_usage)
         self._begun: set[int] = set()
 
     def encode(self, delta: Delta) -> bytes:
@@ -89,9 +111,25 @@ class ChatChunks(_Events):
         events = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            events.append(self.event([_ChatChoice(delta.index, _ChatDelta("assistant", ""))]))
-        if delta.text:
-            events.append(self.event([_ChatChoice(delta.index, _ChatDelta(content=delta.text))]))
+            ids = UNSET if delta.prompt_token_ids is None else delta.prompt_token_ids
+            events.append(self.event([_ChatChoice(delta.index, _ChatDelta("assistant", ""))], ids))
+        if _has_news(delta):
+            events.append(self.event([self._content(delta)]))
         if delta.finish_reason is not None:
-            events.append(self.event([_ChatChoice(delta.index, _ChatDelta(), finish_reason=delta.finish_reason)]))
+            end = _ChatChoice(
+                delta.index, _ChatDelta(), finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
+            )
+            events.append(self.event([end]))
         return b"".join(events)
+
+    def _content(self, delta: Delta) -> _ChatChoice:
+        choice = _ChatChoice(delta.index, _ChatDelta(content=delta.text))
+        if delta.entries:
+            choice.logprobs = self._logprobs.chat(delta.entries)
+        if delta.token_ids is not None:
+            choice.token_ids = delta.token_ids
+        return choice
+
+
+def _has_news(delta: Delta) -> bool:
+    return bool(delta.text or delta.entries or delta.token_ids)

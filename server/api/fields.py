@@ -1,6 +1,7 @@
 """Building blocks of the request models: prompts, stop strings, and fields that only their neutral value may have."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeGuard
 
@@ -17,9 +18,9 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-MAX_PROMPTS = 256
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
+from server.limits import MAX_LOGIT_BIAS
+
+_TOKEN_ID = re.compile(r"0|-?[1-9][0-9]{0,18}")  # one spelling of each: a key must not appear twice
 
 
 class RequestModel(BaseModel):
@@ -117,8 +118,6 @@ def parse_prompt(value: object) -> list[str] | list[list[int]]:
         raise invalid("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
     if not value:
         raise invalid("must not be empty")
-    if len(value) > MAX_PROMPTS:
-        raise invalid(f"holds {len(value)} prompts; at most {MAX_PROMPTS} are allowed")
     if all(_is_text(item) for item in value) or all(_are_ids(item) for item in value):
         return value
     if [] in value:
@@ -156,6 +155,54 @@ def parse_stop(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def none_is_empty(value: object) -> object:
+    """Return an empty list for null."""
+    return [] if value is None else value
+
+
+def parse_logit_bias(value: object) -> dict[int, float]:
+    """Return the bias of each token id.
+
+    Raises:
+        PydanticCustomError: naming the entry that is none.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise invalid("must be an object with token ids as keys and numbers as values")
+    return {_token_id(key): _bias(key, bias) for key, bias in value.items()}
+
+
+def _token_id(key: str) -> int:
+    if not _TOKEN_ID.fullmatch(key):
+        raise invalid(f"key {printable(key[:40])!r} is no token id")
+    return int(key)
+
+
+def _bias(key: str, bias: Any) -> float:
+    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    if is_number and -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+        return float(bias)
+    raise invalid(f"of token {key} must be a number between {-MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}")
+
+
+def parse_variables(value: object) -> dict[str, Any]:
+    """Return an object's members; null has none.
+
+    Raises:
+        PydanticCustomError: when `value` is no object, or something in it is no text.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise invalid("must be an object")
+    try:
+        _check_text(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        raise invalid("is nested too deeply") from None
+    return value
+
+
 class TextPart(BaseModel):
     """One part of a message's content."""
 
@@ -166,9 +213,10 @@ class TextPart(BaseModel):
 Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[list[str] | list[list[int]], PlainValidator(parse_prompt, json_schema_input_type=PromptInput)]
 Content = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[TextPart])]
-StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Stop = Annotated[
-    list[StopString],
-    BeforeValidator(parse_stop, json_schema_input_type=str | list[str] | None),
-    Field(max_length=MAX_STOP_STRINGS),
+StopString = Annotated[Text, Field(min_length=1)]
+Stop = Annotated[list[StopString], BeforeValidator(parse_stop, json_schema_input_type=str | list[str] | None)]
+LogitBias = Annotated[
+    dict[int, float], PlainValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | None)
 ]
+TokenIds = Annotated[list[int], BeforeValidator(none_is_empty, json_schema_input_type=list[int] | None)]
+Variables = Annotated[dict[str, Any], PlainValidator(parse_variables, json_schema_input_type=dict[str, Any] | None)]

@@ -1,10 +1,18 @@
 """What the API answers when it does not stream, in OpenAI's shapes."""
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
 
-Reason = Literal["stop", "length"]
+from server.api.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprob
+from server.choice import Reason
+
+StopReason = Annotated[str | int | None, Field(description="The stop string or the token of the request's, if any.")]
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+T = TypeVar("T")
+IfAsked = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 
 
 class ErrorDetail(BaseModel):
@@ -22,12 +30,19 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-class Usage(BaseModel):
+class PromptTokensDetails(TypedDict):
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int  # did not have to be computed
+
+
+class UsageCounts(TypedDict):
     """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionChoice(BaseModel):
@@ -35,8 +50,12 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Reason
+    stop_reason: StopReason = None
+    token_ids: IfAsked[list[int]] = None
+    prompt_token_ids: IfAsked[list[int]] = None
+    prompt_logprobs: IfAsked[PromptLogprobs] = None
 
 
 class CompletionResponse(BaseModel):
@@ -47,7 +66,7 @@ class CompletionResponse(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: UsageCounts
 
 
 class AssistantMessage(BaseModel):
@@ -63,8 +82,10 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Reason
+    stop_reason: StopReason = None
+    token_ids: IfAsked[list[int]] = None
 
 
 class ChatCompletionResponse(BaseModel):
@@ -75,7 +96,9 @@ class ChatCompletionResponse(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: UsageCounts
+    prompt_token_ids: IfAsked[list[int]] = None
+    prompt_logprobs: IfAsked[PromptLogprobs] = None
 
 
 class ModelCard(BaseModel):

@@ -8,9 +8,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.chunks import ChatChunks
+from server.api.logprobs import LogprobFormat
 from server.api.requests import ChatCompletionRequest
-from server.api.responses import AssistantMessage, ChatChoice, ChatCompletionResponse, Usage
+from server.api.responses import AssistantMessage, ChatChoice, ChatCompletionResponse
 from server.chat_prompt import chat_prompt
+from server.generation import Completion
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, ServiceOf
 from server.streaming import EventStream, collect, events_of, usage_of
@@ -28,31 +30,42 @@ router = APIRouter()
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, service: ServiceOf) -> Any:
     """Return the assistant's next message, whole or as a stream."""
     arrival = time.perf_counter()
-    service.engine.require_ready()
-    service.check_model(body.model)
+    service.check(body)
     prompt = await chat_prompt(
         service,
         [message.for_template() for message in body.messages],
-        add_generation_prompt=True,
-        continue_final_message=False,
-        kwargs={},
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        kwargs=body.chat_template_kwargs,
     )
-    ids = await service.encode("messages", [prompt], add_special_tokens=False)
+    ids = await service.encode(body, "messages", [prompt], add_special_tokens=bool(body.add_special_tokens))
     response_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = service.generation(body, response_id, Prompts("messages", ids), None, arrival)
+    logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
-        chunks = ChatChunks(response_id, service.model.name, body.include_usage)
+        chunks = ChatChunks(response_id, service.model.name, logprobs, body.include_usage)
         return EventStream(events_of(generation, chunks, body.include_usage))
     created = int(time.time())
-    choices = await collect(request, generation)
+    completions = await collect(request, generation)
+    source = completions[0].source
     answer = ChatCompletionResponse(
         id=response_id,
         created=created,
         model=service.model.name,
-        choices=[
-            ChatChoice(index=c.index, message=AssistantMessage(content=c.text), finish_reason=c.finish_reason)
-            for c in choices
-        ],
-        usage=Usage(**usage_of(generation)),
+        choices=[_choice(body, completion, logprobs) for completion in completions],
+        usage=usage_of(generation),
+        prompt_token_ids=source.prompt_token_ids if body.return_token_ids else None,
+        prompt_logprobs=service.prompt_logprobs(body, source),
     )
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _choice(body: ChatCompletionRequest, completion: Completion, logprobs: LogprobFormat) -> ChatChoice:
+    return ChatChoice(
+        index=completion.index,
+        message=AssistantMessage(content=completion.text),
+        logprobs=logprobs.chat(completion.entries) if body.logprobs else None,
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        token_ids=completion.token_ids if body.return_token_ids else None,
+    )

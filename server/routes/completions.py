@@ -8,8 +8,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.chunks import CompletionChunks
+from server.api.logprobs import LogprobFormat
 from server.api.requests import CompletionRequest
-from server.api.responses import CompletionChoice, CompletionResponse, Usage
+from server.api.responses import CompletionChoice, CompletionResponse
+from server.generation import Completion
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, Service, ServiceOf
 from server.streaming import EventStream, collect, events_of, usage_of
@@ -29,29 +31,44 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request, service: ServiceOf) -> Any:
     """Return the text that follows each prompt, whole or as a stream."""
     arrival = time.perf_counter()
-    service.engine.require_ready()
-    service.check_model(body.model)
+    service.check(body)
     prompts = Prompts("prompt", await _prompt_ids(body, service))
     response_id = f"cmpl-{uuid.uuid4().hex}"
     generation = service.generation(body, response_id, prompts, DEFAULT_MAX_TOKENS, arrival)
+    logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
-        chunks = CompletionChunks(response_id, service.model.name, body.include_usage)
+        chunks = CompletionChunks(response_id, service.model.name, logprobs, body.include_usage)
         return EventStream(events_of(generation, chunks, body.include_usage))
     created = int(time.time())
-    choices = await collect(request, generation)
+    completions = await collect(request, generation)
     answer = CompletionResponse(
         id=response_id,
         created=created,
         model=service.model.name,
-        choices=[CompletionChoice(index=c.index, text=c.text, finish_reason=c.finish_reason) for c in choices],
-        usage=Usage(**usage_of(generation)),
+        choices=[_choice(body, completion, service, logprobs) for completion in completions],
+        usage=usage_of(generation),
     )
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
 async def _prompt_ids(body: CompletionRequest, service: Service) -> list[list[int]]:
-    """Return the prompts' ids; texts are framed as the tokenizer does, ids are taken as they are."""
+    """Return the prompts' ids; ids that the request has are taken as they are."""
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     if texts:
-        return await service.encode("prompt", texts, add_special_tokens=True)
+        return await service.encode(body, "prompt", texts, add_special_tokens=body.add_special_tokens is not False)
     return [prompt for prompt in body.prompt if isinstance(prompt, list)]
+
+
+def _choice(
+    body: CompletionRequest, completion: Completion, service: Service, logprobs: LogprobFormat
+) -> CompletionChoice:
+    return CompletionChoice(
+        index=completion.index,
+        text=completion.text,
+        logprobs=None if body.num_logprobs is None else logprobs.completion(completion.entries),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        token_ids=completion.token_ids if body.return_token_ids else None,
+        prompt_token_ids=completion.source.prompt_token_ids if body.return_token_ids else None,
+        prompt_logprobs=service.prompt_logprobs(body, completion.source),
+    )

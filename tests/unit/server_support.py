@@ -303,9 +303,9 @@ def body_of(base: dict[str, Any], changed: dict[str, Any]) -> bytes:
     return json.dumps({**base, **changed}).encode()  # unlike httpx's own encoding this one writes NaN
 
 
-def refusal(server: RunningServer, path: str, body: bytes) -> dict[str, Any]:
+def refusal(server: RunningServer, path: str, body: bytes, status: int = 400) -> dict[str, Any]:
     response = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"}, timeout=30)
-    assert response.status_code == 400
+    assert response.status_code == status
     error: dict[str, Any] = response.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert sorted(error) == ["code", "message", "param", "type"]

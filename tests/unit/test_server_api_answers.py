@@ -29,11 +29,12 @@ def test_a_completion_has_openais_shape(server: RunningServer) -> None:
     assert answer == {
         "object": "text_completion",
         "model": "scripted",
-        "choices": [{"index": 0, "text": "lazy dog", "logprobs": None, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "text": "lazy dog", "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
@@ -52,6 +53,7 @@ def test_a_chat_completion_has_openais_shape(server: RunningServer) -> None:
                 "message": {"role": "assistant", "content": "choice 0", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
             }
         ],
     }

@@ -6,6 +6,7 @@ import zmq.asyncio
 
 from engine.protocol.channel import AsyncChannel
 from engine.protocol.messages import FinishReason, RequestBatch, SamplingParams, TokenBatch, TokenOutput
+from server.choice import TextOptions
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Generation, GenerationPlan
@@ -20,7 +21,7 @@ async def texts_before_an_error(tokenizer: Tokenizer, folder: Path) -> tuple[lis
     rank = AsyncChannel(context, 1, RequestBatch)
     client = EngineClient(context, Metrics())
     client.connect(ready_status(rank.bind(f"ipc://{folder}/engine")))
-    plan = GenerationPlan("r", [[5]], SamplingParams(max_tokens=9), 2, [], time.perf_counter())
+    plan = GenerationPlan("r", [[5]], SamplingParams(max_tokens=9), 2, 2, TextOptions(), time.perf_counter())
     texts: list[str] = []
     message = ""
     ids = tokenizer.encode("abc", add_special_tokens=False)

@@ -61,8 +61,8 @@ def test_a_whole_number_may_be_written_with_a_point(tmp_path: Path) -> None:
 
 def test_defaults_without_effect_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        load(write_model(tmp_path, repetition_penalty=1.1))
-    assert "repetition_penalty=1.1" in caplog.text
+        load(write_model(tmp_path, typical_p=0.9))
+    assert "typical_p=0.9" in caplog.text
 
 
 def test_the_end_of_text_comes_from_generation_config_then_config_then_tokenizer(tmp_path: Path) -> None:
