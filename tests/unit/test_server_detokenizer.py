@@ -1,7 +1,10 @@
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 from tokenizers import decoders
@@ -9,6 +12,7 @@ from tokenizers import decoders
 from server.detokenizer import Detokenizer
 from server.token_bytes import TokenBytes
 from server.tokenizer import Tokenizer
+from tests.tokenizers import FAMILIES
 from tests.unit.server_support import BOS, EOS, byte_fallback_tokenizer, byte_level_tokenizer
 
 BYTE_LEVEL = byte_level_tokenizer()
@@ -123,3 +127,108 @@ def test_prompts_are_neither_cut_nor_filled_up(tmp_path: Path) -> None:
     reference.enable_truncation(4)
     reference.enable_padding(length=100)
     assert load(reference, tmp_path).encode("hello world " * 5, add_special_tokens=True) == expected
+
+
+# --- published formats -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A family's tokenizer, theirs and ours."""
+
+    theirs: Reference
+    ours: Tokenizer
+    byte_tokens: dict[int, int]  # a byte's token, where the vocabulary has tokens for unknown characters
+
+    def token_bytes(self, *, with_special: bool) -> TokenBytes:
+        return self.ours.token_bytes_with_special if with_special else self.ours.token_bytes
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    theirs = FAMILIES[request.param]().tokenizer
+    tokens = {byte: theirs.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    found = {byte: token for byte, token in tokens.items() if token is not None}
+    return Loaded(theirs, load(theirs, tmp_path_factory.mktemp("family")), found)
+
+
+ANY_IDS = st.lists(st.integers(0, 600), max_size=40)
+CUTS = st.lists(st.integers(0, 40), max_size=6)
+
+
+def in_chunks(token_bytes: TokenBytes, prompt: list[int], ids: list[int], cuts: list[int]) -> list[str]:
+    bounds = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    detokenizer = Detokenizer(token_bytes, prompt)
+    return [*(detokenizer.feed(ids[begin:end]) for begin, end in pairwise(bounds)), detokenizer.finish()]
+
+
+def readable(family: Loaded, data: st.DataObject) -> list[int]:
+    """Draw ids whose runs of byte tokens are whole characters: of others the library makes a U+FFFD a byte."""
+    byte_tokens = family.byte_tokens
+    parts = st.sampled_from([[token] for token in range(600) if token not in byte_tokens.values()])
+    if byte_tokens:
+        characters = st.characters(exclude_categories=["Cs"])
+        parts |= characters.map(lambda character: [byte_tokens[byte] for byte in character.encode()])
+    return [token for part in data.draw(st.lists(parts, max_size=20)) for token in part]
+
+
+@given(st.data(), st.booleans(), CUTS)
+def test_any_tokens_in_any_chunks_have_the_text_that_the_library_gives_them(
+    family: Loaded, data: st.DataObject, with_special: bool, cuts: list[int]
+) -> None:
+    ids = readable(family, data)
+    pieces = in_chunks(family.token_bytes(with_special=with_special), [], ids, cuts)
+    assert "".join(pieces) == family.theirs.decode(ids, skip_special_tokens=not with_special)
+
+
+@given(ANY_IDS, st.booleans(), CUTS)
+def test_bytes_that_are_no_text_become_one_mark_for_each_maximal_subpart(
+    family: Loaded, ids: list[int], with_special: bool, cuts: list[int]
+) -> None:
+    token_bytes = family.token_bytes(with_special=with_special)
+    whole = b"".join(token_bytes[token] for token in ids).decode("utf-8", "replace")
+    text = "".join(in_chunks(token_bytes, [], ids, cuts))
+    assert text == (whole.removeprefix(" ") if token_bytes.leading_spaces else whole)
+
+
+@given(TEXT | WORDS, st.booleans(), CUTS)
+def test_a_text_comes_back_whole_and_in_whole_characters(
+    family: Loaded, text: str, with_special: bool, cuts: list[int]
+) -> None:
+    ids = family.theirs.encode(text, add_special_tokens=False).ids
+    whole = family.theirs.decode(ids, skip_special_tokens=not with_special)
+    pieces = in_chunks(family.token_bytes(with_special=with_special), [], ids, cuts)
+    assert "".join(pieces) == whole
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(TEXT | WORDS)
+def test_only_bytes_of_a_character_that_is_not_complete_are_held_back(family: Loaded, text: str) -> None:
+    token_bytes = family.token_bytes(with_special=True)
+    detokenizer = Detokenizer(token_bytes, [])
+    shown, raw = "", b""
+    for token in family.theirs.encode(text, add_special_tokens=False).ids:
+        shown += detokenizer.feed([token])
+        raw += token_bytes[token]
+        complete = raw.decode("utf-8", "ignore")  # leaves out an end that is cut
+        assert shown == (complete.removeprefix(" ") if token_bytes.leading_spaces else complete)
+
+
+@given(st.data(), st.integers(0, 20), st.booleans())
+def test_a_completion_of_any_tokens_continues_its_prompt(
+    family: Loaded, data: st.DataObject, border: int, with_special: bool
+) -> None:
+    ids = readable(family, data)
+    decode = partial(family.theirs.decode, skip_special_tokens=not with_special)
+    prompt, completion = ids[:border], ids[border:]
+    assume("\ufffd" not in decode(prompt))  # a character cut in two belongs to the completion
+    pieces = in_chunks(family.token_bytes(with_special=with_special), prompt, completion, [])
+    assert decode(prompt) + "".join(pieces) == decode(ids)
+
+
+def test_control_tokens_are_silent_or_written_out(family: Loaded) -> None:
+    for text, token in family.theirs.get_vocab(with_added_tokens=True).items():
+        added = family.theirs.get_added_tokens_decoder().get(token)
+        if added is not None:
+            assert family.ours.token_bytes[token] == (b"" if added.special else text.encode())
+            assert family.ours.token_bytes_with_special[token] == text.encode()
