@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -26,24 +27,31 @@ class EngineProcess:
     The orchestrator ends its ranks and itself when the pipe to it closes, so that it cannot outlive this process.
     """
 
-    def __init__(self, engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR) -> None:
+    def __init__(
+        self, engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR, *, stdout: int | IO[str] | None = None
+    ) -> None:
+        """Start `command`, with the path of the spec appended; its standard output goes where errors go, or `stdout`.
+
+        Raises:
+            ValueError: if no folder for its sockets can be made.
+        """
         self.run_dir = _make_run_dir()
         self._is_stopped = False
         self.spec = RankSpec(engine=engine, epoch=1, run_dir=str(self.run_dir))
         try:
-            self._process = self._start(command)
+            self._process = self._start(command, sys.stderr if stdout is None else stdout)
         except BaseException:
             shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
 
-    def _start(self, command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    def _start(self, command: Sequence[str], stdout: int | IO[str]) -> "subprocess.Popen[bytes]":
         spec_path = self.run_dir / "spec.json"
         spec_path.write_bytes(msgspec.json.encode(self.spec))
         return subprocess.Popen(
             [*command, str(spec_path)],
             env=_environment(),
             stdin=subprocess.PIPE,
-            stdout=sys.stderr,
+            stdout=stdout,
             start_new_session=True,
         )
 
@@ -51,6 +59,12 @@ class EngineProcess:
     def pid(self) -> int:
         """The orchestrator's process id."""
         return self._process.pid
+
+    @property
+    def output(self) -> IO[bytes]:
+        """What the process writes, where `stdout` was `subprocess.PIPE`."""
+        assert self._process.stdout is not None
+        return self._process.stdout
 
     def wait(self) -> int:
         """Wait until the orchestrator has exited and return its exit code."""
@@ -78,8 +92,11 @@ def _environment() -> dict[str, str]:
 
 
 def _make_run_dir() -> Path:
-    path = tempfile.mkdtemp(prefix="ryzanstein-")
-    if len(os.fsencode(path)) > LONGEST_RUN_DIR:
-        Path(path).rmdir()
-        path = tempfile.mkdtemp(prefix="ryzanstein-", dir="/tmp")
+    try:
+        path = tempfile.mkdtemp(prefix="ryzanstein-")
+        if len(os.fsencode(path)) > LONGEST_RUN_DIR:
+            Path(path).rmdir()
+            path = tempfile.mkdtemp(prefix="ryzanstein-", dir="/tmp")
+    except OSError as error:
+        raise ValueError(f"TMPDIR: no folder for the engine's sockets can be made: {error.strerror}") from error
     return Path(path)

@@ -89,6 +89,11 @@ class Tokenizer:
         """Return a number of tokens that `text` certainly has, found without tokenizing it."""
         return 0 if self._longest is None else -(-len(text.encode()) // self._longest)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of any token."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
     def id_of(self, token: str) -> int | None:
         """Return a token's id."""
         return self._tokenizer.token_to_id(token)

@@ -17,7 +17,7 @@ from engine.models.registry import build_model
 from engine.parallel.base import padded_to
 from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
 from engine.protocol.model_config import ModelConfig
-from engine.protocol.units import format_bytes, format_count
+from engine.protocol.units import format_bytes, format_count, format_seconds
 from engine.worker.device import choose_dtype, device_of
 
 SECTION = "model"
@@ -140,7 +140,9 @@ def _page_cache(subject: Subject) -> Finding:
     size = sum(path.stat().st_size for path in paths)
     speed = read_speed(max(paths, key=lambda path: path.stat().st_size))
     seconds = (1 - share) * size / speed
-    return ok(f"{share:.0%} of the weights are in it; reading goes at {format_bytes(speed)}/s: about {seconds:.0f} s")
+    return ok(
+        f"{share:.0%} of the weights are in it; reading goes at {format_bytes(speed)}/s: about {format_seconds(seconds)}"
+    )
 
 
 def cached_share(paths: list[Path]) -> float | None:

@@ -107,7 +107,7 @@ def _all_reduce_seconds(group: CommunicationHandler, size: int) -> list[float]:
 def _timed(work: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: cuda
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
 

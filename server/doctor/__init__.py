@@ -1,0 +1,1 @@
+"""`ryzanstein doctor`: what serving would run into, checked without serving."""
