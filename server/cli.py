@@ -1,4 +1,4 @@
-"""The command line: `ryzanstein serve [MODEL] [options]`."""
+"""The command line: `ryzanstein serve [MODEL] [options]`, `ryzanstein doctor [MODEL] [options]`."""
 
 import argparse
 import contextlib
@@ -30,11 +30,18 @@ from server.options import (
 from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 
 EXIT_STOPPED, EXIT_USER_ERROR = 0, 2
-SERVE_EPILOG = """\
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: a doctor that was stopped has not said that all is well
+OPTIONS_EPILOG = """\
 Each option can also be set by the environment variable in its brackets, or in the YAML file of --config
 (RYZANSTEIN_CONFIG), where the keys are the options' names without the dashes in front. The command line wins over
-the environment, the environment over the file. Sampling values that a request leaves out are the model's
-(generation_config.json).
+the environment, the environment over the file.
+
+"""
+SAMPLING_NOTE = "Sampling values that a request leaves out are the model's (generation_config.json).\n"
+DOCTOR_NOTE = """\
+Exit code: 0 where serving with these options would start, with warnings or without; 2 where it would fail, or the
+command line cannot be read; 130 when interrupted. The speed limit is an estimate from above: what reading the weights
+alone would allow.
 """
 
 
@@ -56,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         namespace = _parser().parse_args(arguments)
         engine, server = configure(namespace, os.environ)
-        return _serve(engine, server)
+        code: int = namespace.run(engine, server, namespace)
+        return code
     except ValueError as error:
         print(f"ryzanstein: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -70,29 +78,50 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ryzanstein", description="Serve open-weights language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ryzanstein {version('ryzanstein')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model over an OpenAI-compatible API",
-        description="Serve a model over an OpenAI-compatible API.",
-        epilog=SERVE_EPILOG,
+    serve = _add_command(commands, "serve", "serve a model over an OpenAI-compatible API", SAMPLING_NOTE)
+    serve.set_defaults(run=_serve)
+    _add_options(serve)
+    doctor = _add_command(commands, "doctor", "check what serving with the same options would run into", DOCTOR_NOTE)
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="write one JSON document instead of a table")
+    doctor.add_argument(
+        "--verify",
+        action="store_true",
+        help="also run the model on as many ranks as asked for (2 if that is 1) and on one, and compare what they say",
+    )
+    _add_options(doctor)
+    return parser
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[_Parser]", name: str, purpose: str, note: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog=OPTIONS_EPILOG + note,
         formatter_class=_HelpFormatter,
-        usage="ryzanstein serve [MODEL] [options]",
+        usage=f"ryzanstein {name} [MODEL] [options]",
         allow_abbrev=False,
     )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `serve` is told: the model, and every option of engine and server."""
     model, *engine_options = options_of(EngineConfig)
-    serve.add_argument(
+    parser.add_argument(
         "model",
         nargs="?",
         metavar="MODEL",
         default=argparse.SUPPRESS,
         help=f"{model.field.metadata['help']} ({model.variable})",
     )
-    serve.add_argument("--config", metavar="FILE", help="YAML file with options (RYZANSTEIN_CONFIG)")
-    add_options(serve, "model and engine", engine_options)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options (RYZANSTEIN_CONFIG)")
+    add_options(parser, "model and engine", engine_options)
     limits = options_of(RequestLimits)
-    add_options(serve, "server", [item for item in options_of(ServerConfig) if item not in limits])
-    add_options(serve, "most of a request", limits)
-    return parser
+    add_options(parser, "server", [item for item in options_of(ServerConfig) if item not in limits])
+    add_options(parser, "most of a request", limits)
 
 
 def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:
@@ -112,7 +141,7 @@ def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> 
     return build(EngineConfig, engine_options, *sources), build(ServerConfig, server_options, *sources)
 
 
-def _serve(engine: EngineConfig, server: ServerConfig) -> int:
+def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) -> int:
     """Check what is cheap to check, start the engine, and import and build the server while it loads."""
     configure_logging(server.log_level)
     credentials = Credentials.load(server)
@@ -129,3 +158,13 @@ def _serve(engine: EngineConfig, server: ServerConfig) -> int:
         from server.service import TextModel  # noqa: PLC0415
 
         return run(listener, process, TextModel.load(files, server, model_config), server, credentials)
+
+
+def _doctor(engine: EngineConfig, server: ServerConfig, namespace: argparse.Namespace) -> int:
+    """Check what `_serve` would run into."""
+    from server.doctor.run import examine  # noqa: PLC0415  (serving does not need it)
+
+    try:
+        return examine(engine, server, as_json=namespace.json, with_verify=namespace.verify)
+    except StopRequested:
+        return EXIT_INTERRUPTED

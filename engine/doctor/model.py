@@ -140,9 +140,8 @@ def _page_cache(subject: Subject) -> Finding:
     size = sum(path.stat().st_size for path in paths)
     speed = read_speed(max(paths, key=lambda path: path.stat().st_size))
     seconds = (1 - share) * size / speed
-    return ok(
-        f"{share:.0%} of the weights are in it; reading goes at {format_bytes(speed)}/s: about {format_seconds(seconds)}"
-    )
+    rest = f"{format_bytes(speed)}/s: about {format_seconds(seconds)}"
+    return ok(f"{share:.0%} of the weights are in it; the rest is read at {rest}")
 
 
 def cached_share(paths: list[Path]) -> float | None:

@@ -19,9 +19,9 @@ SECTION = "service"
 SAMPLE = "def f(x):\n    return x + 1  # größer, 42\n"
 SMALL_FILES = (
     "config.json",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "generation_config.json",
     "chat_template.jinja",
 )
 SPEED_TEXT = SAMPLE * 500
