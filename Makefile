@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test test-slow lint types format clean
+.PHONY: install serve test test-slow coverage lint types format clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,13 @@ test: lint types
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m slow
+
+# Every process counts: servers and orchestrators, and ranks although they are killed (tests/coverage_saver.py).
+coverage: export PYTHONPATH := $(CURDIR)
+coverage: install
+	rm -f .coverage .coverage.*
+	$(VENV)/bin/coverage run -m pytest; status=$$?; \
+	$(VENV)/bin/coverage combine --quiet && $(VENV)/bin/python -m tests.coverage_report && exit $$status
 
 lint: install
 	$(VENV)/bin/ruff check .

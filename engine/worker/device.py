@@ -17,7 +17,7 @@ def choose_device(engine: EngineConfig, local_rank: int) -> torch.device:
     if engine.device == "auto":
         _warn_of_unused_devices(num_cuda_devices(), ranks_on_host(engine))
     device = device_of(engine, local_rank)
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: cuda
         torch.cuda.set_device(device)
     return device
 

@@ -50,7 +50,7 @@ def free_memory_share(device: torch.device, ranks_on_host: int, *, unloaded_byte
         ranks_on_host: how many ranks share this host's memory.
         unloaded_bytes: what each rank's weights will take that are not loaded yet.
     """
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: cuda
         free, _ = torch.cuda.mem_get_info(device)
         return int(max(0, free - unloaded_bytes) * CUDA_SHARE)
     free = host.free_memory() - unloaded_bytes * ranks_on_host

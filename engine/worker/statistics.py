@@ -48,6 +48,6 @@ def process_memory(device: torch.device) -> dict[str, int]:
     """Return this process's memory in bytes: `resident` on the host, `device_allocated` on a CUDA device."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
-    if device.type == "cuda":
+    if device.type == "cuda":  # pragma: cuda
         memory["device_allocated"] = torch.cuda.memory_allocated(device)
     return memory

@@ -1,0 +1,35 @@
+"""A plugin of coverage.py for processes that are killed, as ranks are: saves what was measured twice a second.
+
+It is loaded in each measured process (`[tool.coverage.run]` in pyproject.toml), and no part of the product knows of it.
+Without it only processes that end by themselves would count.
+"""
+
+import threading
+import time
+
+import coverage
+from coverage.plugin_support import Plugins
+from coverage.types import TConfigurable
+
+SECONDS = 0.5
+
+
+class _Saver(coverage.CoveragePlugin):
+    """Starts the thread once the options are known."""
+
+    def configure(self, config: TConfigurable) -> None:
+        if config.get_option("run:parallel"):  # measuring, not reporting
+            threading.Thread(target=_save_again_and_again, name="coverage", daemon=True).start()
+
+
+def _save_again_and_again() -> None:
+    while True:
+        time.sleep(SECONDS)
+        measuring = coverage.Coverage.current()
+        if measuring is not None:
+            measuring.save()
+
+
+def coverage_init(reg: Plugins, options: dict[str, object]) -> None:  # noqa: ARG001
+    """Register the plugin."""
+    reg.add_configurer(_Saver())
