@@ -15,7 +15,7 @@ from server.middleware.access_log import AccessLog
 from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
-from server.routes import chat, completions, docs, health, models
+from server.routes import chat, completions, docs, health, models, tokenize
 from server.service import Service
 
 DESCRIPTION = "OpenAI-compatible API. Every field works, or is refused with an error that names it."
@@ -62,7 +62,7 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
 def _api(service: Service) -> FastAPI:
     app = API(title="ryzanstein", version=health.VERSION, description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (completions, chat, models, health, docs):
+    for module in (completions, chat, tokenize, models, health, docs):
         app.include_router(module.router)
     app.mount(docs.ASSETS_PATH, docs.ASSETS)
     install_error_handlers(app)

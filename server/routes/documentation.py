@@ -7,13 +7,21 @@ from server.api.responses import ErrorResponse
 _Responses = dict[int | str, dict[str, Any]]
 
 NOT_FOUND: _Responses = {404: {"model": ErrorResponse, "description": "No such model."}}
+BAD_REQUEST: _Responses = {
+    400: {"model": ErrorResponse, "description": "The request cannot be served; `param` names the field."}
+}
+TEXT_RESPONSES: _Responses = {
+    **BAD_REQUEST,
+    **NOT_FOUND,
+    503: {"model": ErrorResponse, "description": "The service is ending."},
+}
 GENERATION_RESPONSES: _Responses = {
     200: {
         "description": "The whole answer or, with `stream`, server-sent events that each hold a chunk of it; "
         "the last is `data: [DONE]`.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
-    400: {"model": ErrorResponse, "description": "The request cannot be served; `param` names the field."},
+    **BAD_REQUEST,
     **NOT_FOUND,
     500: {"model": ErrorResponse, "description": "The engine could not finish the request."},
     503: {"model": ErrorResponse, "description": "The engine is not ready."},
