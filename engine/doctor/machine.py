@@ -18,8 +18,8 @@ SYSTEM = Path("/sys/devices/system")
 SHARED_MEMORY = Path("/dev/shm")
 SMALLEST_SHARED_MEMORY = 64 << 20  # what container runtimes give by default, and NCCL finds too little
 BUSY_SHARE = 0.5  # of the cores, taken by others
-FILES_OF_ITS_OWN = 64  # that an idle service has open; measured: 39 with two ranks
-THREADS_EACH = 32  # that a rank starts, beside its cores' threads; measured: 12 on two cores
+FILES_OF_ITS_OWN = 25  # that an idle server has open, as measured; ranks' are tried out by starting them
+THREADS_EACH = 16  # that a rank starts, beside its cores' threads; measured: 8 on two cores
 EARLIEST = 1_735_689_600  # 2025-01-01 in seconds: before it a clock was never set
 SLOW_CLOCK = 1e-6  # seconds for one reading
 

@@ -159,14 +159,16 @@ def cached_share(paths: list[Path]) -> float | None:
 
 
 def _is_cached(descriptor: int, offset: int) -> bool | None:
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            return None
-        raise
+    for _ in range(2):  # a page that marks where to read ahead refuses once, though it is there
+        try:
+            return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return None
+            raise
+    return False
 
 
 def read_speed(path: Path) -> float:

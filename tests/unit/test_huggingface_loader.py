@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import huggingface
 from engine.checkpoint.fingerprint import fingerprint
-from engine.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE, load_weights
+from engine.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE, header_problems, load_weights, value_problems
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
 from engine.parallel.base import ShardSpec, TensorParallelLayer, split_evenly
@@ -57,6 +57,7 @@ def loaded_shard(
     directory: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     model = empty_shard(directory, rank, size, dtype)
+    assert problems_of(directory, dtype) == []
     load_weights(model, directory, rank, size)
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
@@ -134,7 +135,18 @@ def error_of(directory: Path, rank: int = 0, size: int = 1, dtype: torch.dtype =
     with pytest.raises(ValueError, match=r".") as caught:
         load_weights(empty_shard(directory, rank, size, dtype), directory, rank, size)
     assert "\n" not in str(caught.value)
+    assert str(caught.value) in problems_of(directory, dtype)  # told beforehand, too
     return str(caught.value)
+
+
+def problems_of(directory: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Return what is wrong with a directory, found without loading it."""
+    config = ModelConfig.from_directory(directory)
+    model = build_model(config, rank_of(0, 1), device=torch.device("meta"), dtype=dtype)
+    try:
+        return list(header_problems(model, directory)) or list(value_problems(model, directory))
+    except ValueError as error:
+        return [str(error)]
 
 
 @pytest.fixture
