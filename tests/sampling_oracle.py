@@ -5,6 +5,7 @@ best, or of a filter's border, may be decided either way.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -17,16 +18,16 @@ from engine.sampling.row import SamplingRow
 def adjust(logits: Sequence[float], row: SamplingRow) -> list[float]:
     """Return the logits after bias, min_tokens and penalties, in vLLM's order."""
     params = row.params
-    output = row.token_ids[row.num_prompt_tokens :]
+    seen, counts = set(row.token_ids), Counter(row.token_ids[row.num_prompt_tokens :])
     adjusted = []
     for token, logit in enumerate(logits):
         value = logit + params.logit_bias.get(token, 0.0)
-        if token in params.stop_token_ids and len(output) < params.min_tokens:
+        if token in params.stop_token_ids and counts.total() < params.min_tokens:
             value = -math.inf
-        if token in row.token_ids:
+        if token in seen:
             value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
-        value -= params.frequency_penalty * output.count(token)
-        value -= params.presence_penalty if token in output else 0.0
+        value -= params.frequency_penalty * counts[token]
+        value -= params.presence_penalty if token in counts else 0.0
         adjusted.append(value)
     return adjusted
 
@@ -37,11 +38,13 @@ def kept_tokens(logits: Sequence[float], params: SamplingParams, play: float = 0
     With `play` above 0: all that logits as far off may keep; below 0: those that any such logits keep.
     """
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if params.temperature == 0:  # greedy: filters change nothing
+        return order
     values = [logits[token] for token in order]
     floor = values[0] + params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
     values = [value for value in values if value >= floor - play]
     values = values[: _move_border(values, params.top_k or len(values), play)]
-    weights = [math.exp((value - max(logits)) / params.temperature) for value in values]
+    weights = [math.exp((value - values[0]) / params.temperature) for value in values]
     goal = (params.top_p + play / params.temperature) * sum(weights)
     reached, count = 0.0, 0
     while count < len(values) and reached < goal:
@@ -63,7 +66,7 @@ def _move_border(falling: list[float], count: int, play: float) -> int:
 def distribution(logits: Sequence[float], params: SamplingParams) -> list[float]:
     """Return each token's probability: the softmax of what the filters keep."""
     kept = kept_tokens(logits, params)
-    weights = {token: math.exp((logits[token] - max(logits)) / params.temperature) for token in kept}
+    weights = {token: math.exp((logits[token] - logits[kept[0]]) / params.temperature) for token in kept}
     total = sum(weights.values())
     return [weights.get(token, 0.0) / total for token in range(len(logits))]
 

@@ -30,6 +30,21 @@ KNOWN_ANSWERS = (
     ),
 )
 
+# seed, choice, position, token, its noise as float32: whole numbers up to u, then both logarithms with 40 digits. What
+# any other implementation is held to.
+NOISE_ANSWERS = (
+    (0, 0, 0, 0, "0x1.5b6c7ap-4"),
+    (0, 0, 1, 3, "-0x1.313390p+0"),
+    (7, 0, 1, 128255, "-0x1.6dcd6ap-1"),
+    (7, 1, 37, 4, "0x1.218140p+1"),
+    (42, 0, 100, 2, "0x1.9b846ap+0"),
+    (2**32, 0, 1, 0, "0x1.80d27ep+0"),
+    (1234567890123456789, 12, 4096, 50257, "0x1.bb5da8p-1"),
+    (0xFEDCBA9876543210, 3, 70_000, 10, "-0x1.ae718ap-4"),
+    (2**64 - 1, 0, 131_071, 1, "-0x1.d8a88cp-2"),
+    (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, "-0x1.eded5cp-5"),
+)
+
 
 def computed(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     words = philox4x32(Words4(*map(torch.tensor, counter)), (torch.tensor(key[0]), torch.tensor(key[1])))
@@ -69,6 +84,14 @@ def test_the_noise_of_a_token_follows_the_definition() -> None:
         words = by_whole_numbers((position, choice, token // 4, 0), (seed % WORD, seed // WORD))
         uniform = (words[token % 4] + 0.5) / WORD
         assert noise[0, token].item() == pytest.approx(-math.log(-math.log(uniform)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("seed", "choice", "position", "token", "noise"), NOISE_ANSWERS)
+def test_the_noise_of_a_token_is_the_committed_one_to_the_last_bit(
+    seed: int, choice: int, position: int, token: int, noise: str
+) -> None:
+    source = noise_source([seed], [choice], [position], CPU)
+    assert token_noise(source, torch.tensor([[token]])).item() == float.fromhex(noise)
 
 
 def test_the_noise_of_some_tokens_is_that_of_the_whole_vocabulary() -> None:
