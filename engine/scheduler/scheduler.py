@@ -45,7 +45,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of arrival
         self._in_flight: dict[int, list[Sequence]] = {}  # of steps whose results are not applied yet, in row order
         self._finished: list[str] = []  # to be forgotten by the ranks
-        self._arrivals = self._step = 0
+        self._step = 0
         self._preemptions = self._steps_reported = self._integrity_checks = 0
         self._prefix_cache_queries = self._prefix_cache_hits = 0
 
@@ -67,8 +67,7 @@ class Scheduler:
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is already in use")
         limit = min(request.sampling.max_tokens, self._max_model_len - prompt_length)
-        sequence = Sequence(request, self._arrivals, self._clock(), limit)
-        self._arrivals += 1
+        sequence = Sequence(request, self._clock(), limit)
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
 
@@ -88,9 +87,8 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """Decide the next step, or return None if no sequence can be advanced now."""
         chosen = self._share_budget()
-        preempted = self._allocate_running(chosen)
-        if not preempted:
-            self._admit(chosen)
+        self._allocate_running(chosen)
+        self._admit(chosen)
         if not chosen:
             return None
         sequences = [sequence for sequence in self._running if sequence in chosen]
@@ -159,8 +157,8 @@ class Scheduler:
             IntegrityError: from the block pool.
         """
         self._kv_cache.check_integrity(sequence.block_table for sequence in self._sequences.values())
-        queued = sorted(sequence.arrival for sequence in (*self._waiting, *self._running))
-        assert queued == sorted(sequence.arrival for sequence in self._sequences.values()), "a sequence left the queues"
+        queued = sorted(sequence.request_id for sequence in (*self._waiting, *self._running))
+        assert queued == sorted(self._sequences), "a sequence left the queues"
         self._integrity_checks += 1
 
     # --- the parts of a decision -------------------------------------------------------------------------------------
@@ -178,16 +176,16 @@ class Scheduler:
                 budget -= count
         return chosen
 
-    def _allocate_running(self, chosen: dict[Sequence, int]) -> bool:
-        """Allocate blocks for the chosen, the oldest first, preempting the youngest; return whether any was."""
-        preempted = False
+    def _allocate_running(self, chosen: dict[Sequence, int]) -> None:
+        """Allocate blocks for the chosen, the oldest first, preempting the youngest.
+
+        No victim is admitted again in the same step: it needs all that it gave up, and some of that was taken.
+        """
         for sequence in [sequence for sequence in self._running if sequence in chosen]:
             while sequence in chosen and not self._allocate(sequence, chosen[sequence]):
-                preempted = True
                 victim = self._running.pop()
                 chosen.pop(victim, None)
                 self._preempt(victim)
-        return preempted
 
     def _admit(self, chosen: dict[Sequence, int]) -> None:
         """Move waiting sequences to the running ones, in order of arrival, while budget, seats and blocks last."""

@@ -25,7 +25,6 @@ class Sequence:
     """
 
     request: Request
-    arrival: int  # order of arrival, the priority
     arrival_time: float  # seconds on the scheduler's clock
     max_output_tokens: int
     token_ids: list[int] = field(init=False)

@@ -3,11 +3,20 @@
 import hashlib
 import itertools
 
-from engine.protocol.messages import Request, SamplingParams, ScheduledRow, ScheduledStep, TokenLogprobs, TokenOutput
+from engine.protocol.messages import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    ScheduledRow,
+    ScheduledStep,
+    TokenLogprobs,
+    TokenOutput,
+)
 from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import PENDING_TOKEN
 
+EPOCH = 3
 BLOCK_SIZE = 4
 VOCABULARY = 50
 
@@ -49,20 +58,23 @@ class FakeRank:
     def __init__(self) -> None:
         self.slots: dict[int, int] = {}
         self.sequences: dict[str, tuple[list[int], list[int]]] = {}
+        self.errors: dict[str, str] = {}  # by request for which nothing can be sampled
 
     def run(self, step: ScheduledStep) -> StepResult:
         for request_id in step.finished:
             del self.sequences[request_id]
         for row in step.rows:
             self.write(row)
-        tokens, logprobs, prompt_logprobs = {}, {}, {}
+        tokens: dict[str, int | str] = {}
+        logprobs, prompt_logprobs = {}, {}
         for row in step.rows:  # after all have written
             token_ids, _ = self.sequences[row.request_id]
             before = self.read(row.request_id, row.num_computed_tokens + row.num_scheduled_tokens)
             assert before == token_ids[: len(before)], "it would attend to keys of other tokens"
             if row.samples:
                 assert len(before) == len(token_ids)
-                token = tokens[row.request_id] = next_token(before)
+                token = next_token(before)
+                tokens[row.request_id] = self.errors.get(row.request_id, token)
                 logprobs[row.request_id] = logprobs_after(before, token)
             if row.prompt_logprobs is not None:
                 wanted = range(row.prompt_logprobs.start, row.prompt_logprobs.stop)
@@ -102,7 +114,7 @@ def make_scheduler(
 ) -> Scheduler:
     ticks = itertools.count()
     return Scheduler(
-        epoch=1,
+        epoch=EPOCH,
         num_kv_blocks=num_kv_blocks,
         block_size=BLOCK_SIZE,
         max_model_len=max_model_len,
@@ -184,4 +196,5 @@ class Runner:
         for output in self.scheduler.apply(*in_flight):
             outputs = self.outputs.setdefault(output.request_id, [])
             assert not outputs or outputs[-1].finish_reason is None, "output after the finish"
+            assert (output.error is None) == (output.finish_reason is not FinishReason.ERROR)
             outputs.append(output)

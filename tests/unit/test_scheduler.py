@@ -5,9 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.protocol.messages import FinishReason, PromptLogprobs, Request
-from engine.scheduler.result import StepResult
-from engine.scheduler.scheduler import Scheduler
 from tests.unit.scheduler_support import (
+    EPOCH,
     VOCABULARY,
     FakeRank,
     Runner,
@@ -17,14 +16,6 @@ from tests.unit.scheduler_support import (
     make_request,
     make_scheduler,
 )
-
-
-def drain(scheduler: Scheduler, *, one_step_late: bool = False) -> dict[str, list[int]]:
-    """Run to the end."""
-    runner = Runner(scheduler, one_step_late)
-    runner.run()
-    return {request_id: runner.tokens(request_id) for request_id in runner.outputs}
-
 
 stems = st.sampled_from([list(range(10, 40)), [3] * 30, []])  # what prompts have in common
 tails = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=15)
@@ -122,6 +113,38 @@ def test_no_step_exceeds_the_token_budget_or_the_number_of_sequences() -> None:
         scheduler.apply(step, rank.run(step))
 
 
+def test_a_step_carries_its_number_and_the_epoch() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", [1]))
+    runner = Runner(scheduler)
+    runner.run()
+    assert [(step.epoch, step.step) for step in runner.steps] == [(EPOCH, i) for i in range(8)]
+
+
+def test_without_work_there_is_no_step() -> None:
+    scheduler = make_scheduler()
+    assert not scheduler.has_work
+    assert scheduler.schedule() is None
+
+
+def test_a_sequence_is_admitted_to_the_last_token_of_the_budget_and_the_last_seat() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=4, max_num_seqs=2)
+    for i in range(3):
+        scheduler.add(make_request(str(i), [i] * 3))
+    step = scheduler.schedule()
+    assert step is not None
+    assert [(row.request_id, row.num_scheduled_tokens) for row in step.rows] == [("0", 3), ("1", 1)]
+
+
+def test_a_sequence_is_admitted_only_if_each_running_one_can_grow_by_a_block() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4, max_model_len=16)
+    for i in range(3):
+        scheduler.add(make_request(str(i), [i] * 3))
+    step = scheduler.schedule()
+    assert step is not None
+    assert [row.request_id for row in step.rows] == ["0", "1"]  # "2" needs a block and two to spare; two are free
+
+
 def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=6)
     scheduler.add(make_request("short", [1], max_tokens=20))
@@ -141,37 +164,10 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:
     assert chunks == [5, 5, 2]
 
 
-def test_running_out_of_blocks_preempts_the_youngest_which_finishes_later() -> None:
-    scheduler = make_scheduler(num_kv_blocks=8, max_model_len=32)
-    requests = [make_request(str(i), [i] * 10, max_tokens=18) for i in range(3)]
-    for request in requests:
-        scheduler.add(request)
-    outputs = drain(scheduler)
-    assert scheduler.take_stats().preemptions > 0
-    assert list(outputs) == ["0", "1", "2"]
-    assert outputs == {request.request_id: lone_output(request, 32) for request in requests}
-
-
-def test_a_stop_token_is_emitted_and_ends_the_sequence() -> None:
-    request = make_request("a", [3, 4], max_tokens=30)
-    stop = lone_output(request, 64)[4]
-    scheduler = make_scheduler()
-    scheduler.add(make_request("a", [3, 4], max_tokens=30, stop=(stop,)))
-    output = drain(scheduler)["a"]
-    assert output[-1] == stop
-    assert stop not in output[:-1]
-
-
-def test_a_sequence_ends_at_the_context_length() -> None:
-    scheduler = make_scheduler(max_model_len=12)
-    scheduler.add(make_request("a", [1] * 9, max_tokens=100))
-    assert len(drain(scheduler)["a"]) == 3
-
-
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (make_request("a", []), "no tokens"),
+        (make_request("a", []), "^the prompt has no tokens$"),
         (make_request("a", [1] * 64), "the context holds 64"),
         (make_request("a", [1], max_tokens=0), "max_tokens must be at least 1"),
         (make_request("used", [1]), "already in use"),
@@ -189,58 +185,30 @@ def test_a_cache_that_cannot_hold_one_full_context_is_refused() -> None:
         make_scheduler(num_kv_blocks=15, max_model_len=64)
 
 
-def test_a_row_that_could_not_be_sampled_ends_its_request_alone() -> None:
-    scheduler = make_scheduler()
-    scheduler.add(make_request("bad", [1]))
-    scheduler.add(make_request("good", [2]))
-    step = scheduler.schedule()
-    assert step is not None
-    outputs = scheduler.apply(step, StepResult({"bad": "the logits are not finite", "good": 5}))
-    assert outputs[0].finish_reason is FinishReason.ERROR
-    assert outputs[0].error == "the logits are not finite"
-    assert outputs[1].token_ids == [5]
-    assert scheduler.has_work
-    scheduler.check_integrity()
-
-
-def test_a_row_that_could_not_be_sampled_ends_although_its_next_step_is_scheduled() -> None:
-    scheduler, rank = make_scheduler(), FakeRank()
-    scheduler.add(make_request("bad", [1]))
-    first, second = scheduler.schedule(), scheduler.schedule()
-    assert first is not None
-    assert second is not None
-    rank.run(first)
-    scheduler.fill_pending(second, {"bad": "the logits are not finite"})
-    assert [output.error for output in scheduler.apply(first, StepResult({"bad": "the logits are not finite"}))] == [
-        "the logits are not finite"
-    ]
-    assert scheduler.apply(second, rank.run(second)) == []
-    assert not scheduler.has_work
-    scheduler.check_integrity()
-
-
 def test_the_first_output_tells_the_time_in_the_queue() -> None:
-    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler = make_scheduler(max_num_seqs=1)  # its clock ticks when it is read: at each arrival and first step
     scheduler.add(make_request("a", [1], max_tokens=2))
-    rank, seconds = FakeRank(), []
-    while scheduler.has_work:
-        step = scheduler.schedule()
-        assert step is not None
-        seconds += [output.queue_seconds for output in scheduler.apply(step, rank.run(step))]
-    assert seconds == [1.0, None]  # one tick of the clock between arrival and first step
+    scheduler.add(make_request("b", [1], max_tokens=2))
+    runner = Runner(scheduler)
+    runner.run()
+    assert [output.queue_seconds for output in runner.outputs["a"]] == [2.0, None]
+    assert [output.queue_seconds for output in runner.outputs["b"]] == [2.0, None]
 
 
 def test_statistics_count_since_the_last_report() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", [1] * 5, max_tokens=1))
     scheduler.add(make_request("b", [1] * 5, max_tokens=2))
-    step = scheduler.schedule()
-    assert step is not None
-    scheduler.apply(step, FakeRank().run(step))
+    runner = Runner(scheduler)
+    runner.advance()
     stats = scheduler.take_stats()
-    assert (stats.num_running, stats.num_waiting, stats.steps) == (1, 0, 1)
+    assert (stats.num_running, stats.num_waiting, stats.steps, stats.integrity_checks) == (1, 0, 1, 1)
     assert (stats.num_kv_blocks, stats.num_free_kv_blocks) == (16, 14)
-    assert scheduler.take_stats().steps == 0
+    stats = scheduler.take_stats()
+    assert (stats.steps, stats.integrity_checks) == (0, 0)
+    runner.advance()
+    scheduler.check_integrity()
+    assert scheduler.take_stats().integrity_checks == 2
 
 
 def test_prompt_logprobs_come_chunk_by_chunk_and_once_though_the_prompt_is_computed_twice() -> None:
