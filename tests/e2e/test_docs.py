@@ -1,0 +1,113 @@
+"""Every command in docs/, as it stands there; and what the pages say is there."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+
+from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
+from server.config import ServerConfig
+from server.options import options_of
+from tests.service_process import ServiceProcess
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ADDRESS = "http://127.0.0.1:8000"
+PAGES = ("guide.md", "development.md", "from-vllm.md", "architecture.md")
+
+
+def commands(page: str) -> list[str]:
+    """Return the page's bash blocks."""
+    return re.findall(r"```bash\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+def all_commands(kind: str) -> list[str]:
+    """Return the blocks of all pages that start a service, run make, or ask a service."""
+    kinds = {"serve": r"ryzanstein serve", "make": r"make "}
+    blocks = [block for page in PAGES for block in commands(page)]
+    if kind in kinds:
+        return [block for block in blocks if re.match(kinds[kind], block)]
+    return [block for block in blocks if not any(re.match(pattern, block) for pattern in kinds.values())]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables that the pages leave to the reader."""
+    folder = tmp_path_factory.mktemp("guide")
+    (folder / "api-key").write_text("a-key-of-the-guide\n")
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    return {
+        "MODEL": str(EMBEDDED_MODEL),
+        "KEY_FILE": str(folder / "api-key"),
+        "CERTIFICATE": str(folder / "certificate.pem"),
+        "KEY": str(folder / "key.pem"),
+        "RYZANSTEIN_PORT": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[ServiceProcess]:
+    with ServiceProcess("--tensor-parallel-size", "2") as service:
+        yield service
+
+
+@pytest.mark.parametrize("block", all_commands("serve"))
+def test_a_service_of_the_pages_becomes_ready(block: str, environment: dict[str, str]) -> None:
+    with ServiceProcess(command=("bash", "-euc", f"exec {block}"), environment=environment) as service:
+        assert "ryzanstein is ready" in service.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="the suite runs outside of make's .venv")
+@pytest.mark.parametrize("block", all_commands("other"))
+def test_a_command_of_the_pages_does_what_it_says(
+    block: str, service: ServiceProcess, environment: dict[str, str]
+) -> None:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.replace(ADDRESS, service.url)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stdout.startswith('{"error"')
+
+
+@pytest.mark.parametrize("block", all_commands("make"))
+def test_make_knows_the_target(block: str) -> None:
+    done = subprocess.run(["make", "--dry-run", *block.split()[1:]], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+def test_every_option_is_in_the_guide_or_the_page_for_those_who_know_vllm() -> None:
+    pages = (DOCS / "guide.md").read_text() + (DOCS / "from-vllm.md").read_text()
+    options = [
+        option for config in (EngineConfig, ServerConfig) for option in options_of(config)[config is EngineConfig :]
+    ]
+    assert [option.flag for option in options if f"{option.flag}" not in pages] == []
+
+
+def test_every_option_in_the_guide_is_one() -> None:
+    known = {option.flag for config in (EngineConfig, ServerConfig) for option in options_of(config)}
+    written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (DOCS / "guide.md").read_text()))
+    assert written - known <= {"--config", "--help", "--json", "--verify"}
+
+
+def test_every_metric_on_the_pages_is_served(service: ServiceProcess) -> None:
+    service.complete(prompt="import ", max_tokens=2)
+    service.wait_until_idle()
+    pages = (DOCS / "guide.md").read_text() + (DOCS / "from-vllm.md").read_text()
+    names = set(re.findall(r"\bryzanstein_[a-z_]+[a-z]\b", pages))
+    served = httpx.get(f"{service.url}/metrics").text
+    assert [name for name in sorted(names) if not re.search(rf"^{name}", served, re.MULTILINE)] == []
