@@ -30,7 +30,7 @@ class TextOptions:
     token_ids: bool = False
 
 
-class Delta(msgspec.Struct, frozen=True):
+class Delta(msgspec.Struct):
     """What is new of one choice; its last one has a finish reason."""
 
     index: int
@@ -59,11 +59,9 @@ class Choice:
         self._logprob_sum = 0.0
         self._options = options
         self._has_begun = False
-        self._transcript = Transcript(
-            Detokenizer(token_bytes, [] if options.echo else prompt),
-            StopStrings(options.stop, include_in_output=options.include_stop),
-            with_entries=options.logprobs,
-        )
+        self._stop = StopStrings(options.stop, include_in_output=options.include_stop)
+        detokenizer = Detokenizer(token_bytes, [] if options.echo else prompt)
+        self._transcript = Transcript(detokenizer, self._stop, with_entries=options.logprobs)
 
     @property
     def mean_logprob(self) -> float:
@@ -78,36 +76,38 @@ class Choice:
         """
         if output.finish_reason is FinishReason.ERROR:
             raise engine_failed(output.error or "The engine could not finish this request.")
-        if output.num_cached_tokens is not None:
-            self.num_cached_tokens = output.num_cached_tokens
-        if output.prompt_logprobs:
-            self.prompt_logprobs.extend(output.prompt_logprobs)
-        if self._options.scores_only:
-            output = _without_tokens(output)
-        if not (output.token_ids or output.finish_reason):
+        if self._has_begun:
+            return self._continue(output)
+        return self._begin(output)
+
+    def _begin(self, output: TokenOutput) -> Delta:
+        """Take what comes up to the first token."""
+        self.prompt_logprobs.extend(output.prompt_logprobs)
+        self.num_cached_tokens += output.num_cached_tokens or 0
+        if not output.token_ids and output.finish_reason is None:
             return Delta(self.index, "")
-        return self._continue(output)
+        self._has_begun = True
+        echo = self._echo() if self._options.echo else ""
+        delta = self._continue(_without_tokens(output) if self._options.scores_only else output)
+        delta.text = echo + delta.text
+        if self._options.token_ids:
+            delta.prompt_token_ids = self.prompt_token_ids
+        return delta
 
     def _continue(self, output: TokenOutput) -> Delta:
-        """Take tokens, or the end."""
-        is_first, self._has_begun = not self._has_begun, True
-        num_before = self.num_tokens
-        text = self._echo() if is_first and self._options.echo else ""
-        text += self._add_tokens(output)
-        finish_reason, stop_reason = self._end(output)
-        if finish_reason is not None and self._transcript.stop_found is None:
-            text += self._transcript.finish(searched=self.num_tokens > self._options.min_tokens)
-            finish_reason, stop_reason = self._end(output)  # the last of the text may have ended in a stop string
-        with_ids = self._options.token_ids
-        return Delta(
-            self.index,
-            text,
-            finish_reason,
-            stop_reason,
-            output.token_ids[: self.num_tokens - num_before] if with_ids else None,
-            self._transcript.take_entries(),
-            self.prompt_token_ids if with_ids and is_first else None,
-        )
+        options, num_before = self._options, self.num_tokens
+        text = self._add_tokens(output)
+        is_cut = self._stop.found is not None
+        if output.finish_reason is not None and not is_cut:
+            text += self._transcript.finish(searched=self.num_tokens > options.min_tokens)
+        delta = Delta(self.index, text)
+        if options.token_ids:
+            delta.token_ids = output.token_ids[: self.num_tokens - num_before]
+        if options.logprobs:
+            delta.entries = self._transcript.take_entries()
+        if is_cut or output.finish_reason is not None:
+            delta.finish_reason, delta.stop_reason = self._reasons(output)
+        return delta
 
     def _echo(self) -> str:
         logprobs: list[TokenLogprobs | None] = [None, *self.prompt_logprobs]
@@ -116,26 +116,27 @@ class Choice:
 
     def _add_tokens(self, output: TokenOutput) -> str:
         """Return the text of the tokens, as far as a stop string leaves them."""
+        token_ids, logprobs, min_tokens = output.token_ids, output.logprobs, self._options.min_tokens
         is_hidden = output.finish_reason is FinishReason.STOP and not self._options.include_stop
-        hidden_at = len(output.token_ids) - 1 if is_hidden else None
+        num_shown = len(token_ids) - is_hidden
         text = ""
-        for position, token_id in enumerate(output.token_ids):
-            logprobs = output.logprobs[position] if output.logprobs else None
+        for position, token_id in enumerate(token_ids):
             self.num_tokens += 1
-            if logprobs is not None:
-                self._logprob_sum += logprobs.logprob
-            if position != hidden_at:
-                text += self._transcript.add(token_id, logprobs, searched=self.num_tokens > self._options.min_tokens)
-            if self._transcript.stop_found is not None:
+            found = logprobs[position] if logprobs else None
+            if found is not None:
+                self._logprob_sum += found.logprob
+            if position < num_shown:
+                text += self._transcript.add(token_id, found, searched=self.num_tokens > min_tokens)
+            if self._stop.found is not None:
                 break
         return text
 
-    def _end(self, output: TokenOutput) -> tuple[Reason | None, str | int | None]:
-        """Return the finish reason and the stop reason, if this is the end."""
-        if self._transcript.stop_found is not None:
-            return "stop", self._transcript.stop_found
+    def _reasons(self, output: TokenOutput) -> tuple[Reason, str | int | None]:
+        """Return the finish reason and the stop reason at the end, which came with `output`."""
+        if self._stop.found is not None:
+            return "stop", self._stop.found
         if output.finish_reason is not FinishReason.STOP:
-            return (None if output.finish_reason is None else "length"), None
+            return "length", None
         last = output.token_ids[-1]
         return "stop", last if last in self._options.stop_token_ids else None
 

@@ -31,11 +31,6 @@ class Transcript:
         self._stop = stop
         self._entries = _Entries() if with_entries else None
 
-    @property
-    def stop_found(self) -> str | None:
-        """The stop string that ended the text."""
-        return self._stop.found
-
     def add(self, token_id: int, logprobs: TokenLogprobs | None = None, *, searched: bool = True) -> str:
         """Return the text that can be passed on now that a token has come.
 

@@ -28,6 +28,7 @@ from engine.protocol.messages import (
     RequestBatch,
     StatsReport,
     TokenBatch,
+    TokenLogprobs,
     TokenOutput,
 )
 from engine.protocol.model_config import ModelConfig
@@ -112,25 +113,50 @@ def write_model(directory: Path, tokenizer: Tokenizer | None = None, **generatio
     return directory
 
 
+def scripted_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """What the scripted engine says of any token, wherever it is: the likeliest are the tokens 0, 1 and so on."""
+    top = list(range(num_top))
+    return TokenLogprobs(token_id, -token_id / 64, token_id + 1, top, [-index / 64 for index in top])
+
+
 @dataclass
 class _Sequence:
     request: Request
     token_ids: list[int]  # what follows the prompt, over and over
     emitted: int = 0
+    has_scored: bool = False
 
     def next(self, fails_after: int | None) -> TokenOutput:
         request_id, sampling = self.request.request_id, self.request.sampling
         if fails_after is not None and self.emitted >= fails_after:
             return TokenOutput(request_id, [], FinishReason.ERROR, "scripted failure")
+        if sampling.prompt_logprobs is not None and not self.has_scored:
+            self.has_scored = True  # the prompt's first half comes before any token
+            return TokenOutput(request_id, [], prompt_logprobs=self._scores()[: len(self._scores()) // 2])
         token = self.token_ids[self.emitted % len(self.token_ids)]
-        queue_seconds = 0.001 if self.emitted == 0 else None
+        is_first = self.emitted == 0
         self.emitted += 1
-        reason = None
-        if token in sampling.stop_token_ids:
-            reason = FinishReason.STOP
-        elif self.emitted == sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        return TokenOutput(request_id, [token], reason, queue_seconds=queue_seconds)
+        return TokenOutput(
+            request_id,
+            [token],
+            self._reason(token),
+            logprobs=[] if sampling.logprobs is None else [scripted_logprobs(token, sampling.logprobs)],
+            prompt_logprobs=self._scores()[len(self._scores()) // 2 :] if is_first else [],
+            queue_seconds=0.001 if is_first else None,
+            num_cached_tokens=len(self.request.prompt_token_ids) // 2 if is_first else None,
+        )
+
+    def _scores(self) -> list[TokenLogprobs]:
+        num_top = self.request.sampling.prompt_logprobs
+        if num_top is None:
+            return []
+        return [scripted_logprobs(token, num_top) for token in self.request.prompt_token_ids[1:]]
+
+    def _reason(self, token: int) -> FinishReason | None:
+        sampling = self.request.sampling
+        if token in sampling.stop_token_ids and self.emitted > sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.emitted == sampling.max_tokens else None
 
 
 class ScriptedEngine:

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,
+    EOS,
     MAX_MODEL_LEN,
     MESSAGES,
     TOKENIZER,
@@ -34,7 +35,7 @@ def test_a_completion_has_openais_shape(server: RunningServer) -> None:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": prompt_tokens // 2},
         },
     }
 
@@ -57,6 +58,23 @@ def test_a_chat_completion_has_openais_shape(server: RunningServer) -> None:
             }
         ],
     }
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_token_ids_come_whole_and_in_streams(server: RunningServer, path: str) -> None:
+    server.engine.script = lambda _: "lazy dog"
+    ids = [*TOKENIZER.encode("lazy dog", add_special_tokens=False).ids, TOKENIZER.token_to_id(EOS)]
+    body = {"max_tokens": 20, "return_token_ids": True, "stop": "dog"}  # the tokens of a stop string were sampled too
+    body |= {"prompt": "x"} if path == COMPLETIONS else {"messages": MESSAGES}
+    answer = post(server, path, body).json()
+    prompt = server.engine.requests[0].prompt_token_ids
+    place = answer["choices"][0] if path == COMPLETIONS else answer
+    assert place["prompt_token_ids"] == prompt
+    assert answer["choices"][0]["token_ids"] == ids[:-1]
+    chunks = [json.loads(event) for event in events(post(server, path, {**body, "stream": True}))[:-1]]
+    places = [chunk["choices"][0] if path == COMPLETIONS else chunk for chunk in chunks]
+    assert [place.get("prompt_token_ids") for place in places] == [prompt, *[None] * (len(chunks) - 1)]
+    assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])] == ids[:-1]
 
 
 def test_a_completion_streams_as_openais_does(server: RunningServer) -> None:

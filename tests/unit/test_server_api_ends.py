@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,
+    EOS,
     MESSAGES,
+    TOKENIZER,
     RunningServer,
     events,
     post,
@@ -31,6 +34,43 @@ def test_a_stop_string_ends_the_text_before_it_and_the_work(server: RunningServe
     assert choices[-1]["finish_reason"] == "stop"
     assert wait_until(lambda: len(server.engine.aborted) == 1)
     assert server.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "text", "reason"),
+    [
+        ({"stop": "lazy"}, "the ", "lazy"),
+        ({"stop": ["dog", "lazy"], "include_stop_str_in_output": True}, "the lazy", "lazy"),
+        ({"stop_token_ids": [TOKENIZER.encode(" dog").ids[-1]]}, "the lazy", TOKENIZER.encode(" dog").ids[-1]),
+        ({"stop_token_ids": [TOKENIZER.encode(" dog").ids[-1]], "include_stop_str_in_output": True}, "the lazy dog",
+         TOKENIZER.encode(" dog").ids[-1]),
+        ({}, "the lazy dog", None),
+        ({"include_stop_str_in_output": True}, "the lazy dog", None),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, f"the lazy dog{EOS}", None),
+        ({"stop": EOS, "skip_special_tokens": False, "ignore_eos": True}, "the lazy dog", EOS),
+    ],
+)  # fmt: skip
+def test_an_answer_says_what_ended_it(
+    server: RunningServer, stream: bool, fields: dict[str, Any], text: str, reason: str | int | None
+) -> None:
+    server.engine.script = lambda _: "the lazy dog"
+    response = post(server, COMPLETIONS, {"prompt": "x", "max_tokens": 60, "stream": stream, **fields})
+    if stream:
+        choices = [json.loads(event)["choices"][0] for event in events(response)[:-1]]
+    else:
+        choices = response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == text
+    assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", reason)
+    assert all("stop_reason" not in choice for choice in choices[:-1])
+
+
+def test_min_tokens_hold_off_every_end_but_the_longest(server: RunningServer) -> None:
+    server.engine.script = lambda _: "ab"
+    fields = {"min_tokens": 3, "max_tokens": 9, "skip_special_tokens": False}
+    for stop, text in ({"stop": "a"}, f"ab{EOS}"), ({}, f"ab{EOS}ab"):
+        answer = post(server, COMPLETIONS, {"prompt": "x", **fields, **stop}).json()
+        assert answer["choices"][0]["text"] == text
 
 
 def test_one_choices_stop_string_leaves_the_others_alone(server: RunningServer) -> None:

@@ -1,10 +1,12 @@
 """What of an API request reaches the engine."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.server_support import (
+    BOS,
     CHAT,
     COMPLETIONS,
     EOS,
@@ -13,6 +15,8 @@ from tests.unit.server_support import (
     TOKENIZER,
     RunningServer,
     post,
+    running_server,
+    write_model,
 )
 
 
@@ -27,6 +31,86 @@ def test_all_sampling_fields_reach_the_engine(server: RunningServer) -> None:
     assert sampling.stop_token_ids == (TOKENIZER.token_to_id(EOS),)
     assert [first.sampling.choice_index, second.sampling.choice_index] == [0, 1]
     assert first.sampling.seed == second.sampling.seed
+
+
+def test_penalties_biases_and_stop_tokens_reach_the_engine(server: RunningServer) -> None:
+    fields = {
+        "presence_penalty": -2, "frequency_penalty": 1.5, "repetition_penalty": 1.2, "logit_bias": {"5": -100, "0": 1},
+        "min_tokens": 2, "stop_token_ids": [9, 8, 9], "logprobs": 3, "prompt_logprobs": 1, "temperature": 0,
+    }  # fmt: skip
+    post(server, COMPLETIONS, {"prompt": [7, 8], **fields}).raise_for_status()
+    sampling = server.engine.requests[0].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (-2, 1.5, 1.2)
+    assert sampling.logit_bias == {5: -100, 0: 1}
+    assert (sampling.min_tokens, sampling.logprobs, sampling.prompt_logprobs) == (2, 3, 1)
+    assert sampling.stop_token_ids == (9, 8, TOKENIZER.token_to_id(EOS))
+
+
+def test_where_the_end_of_text_is_ignored_only_the_requests_own_tokens_stop(server: RunningServer) -> None:
+    post(server, COMPLETIONS, {"prompt": "x", "ignore_eos": True, "stop_token_ids": [9]}).raise_for_status()
+    assert server.engine.requests[0].sampling.stop_token_ids == (9,)
+
+
+def test_a_chats_logprobs_are_its_top_logprobs(server: RunningServer) -> None:
+    for fields, asked in (({}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 4}, 4)):
+        post(server, CHAT, {"messages": MESSAGES, **fields}).raise_for_status()
+        assert server.engine.requests[-1].sampling.logprobs == asked
+
+
+def test_only_an_echo_needs_the_prompts_logprobs(server: RunningServer) -> None:
+    for echo, asked in ((False, None), (True, 2)):
+        post(server, COMPLETIONS, {"prompt": "x", "logprobs": 2, "echo": echo}).raise_for_status()
+        assert server.engine.requests[-1].sampling.prompt_logprobs == asked
+
+
+@pytest.mark.parametrize(
+    ("keep", "max_tokens", "kept"), [(3, 5, 3), (10_000, 5, 250), (-1, 5, 250), (-1, 100, MAX_MODEL_LEN - 100)]
+)
+def test_the_end_of_a_prompt_can_be_kept(server: RunningServer, keep: int, max_tokens: int, kept: int) -> None:
+    prompt = [index % 90 + 5 for index in range(250)]
+    fields = {"max_tokens": max_tokens, "truncate_prompt_tokens": keep}
+    answer = post(server, COMPLETIONS, {"prompt": prompt, **fields}).json()
+    assert server.engine.requests[0].prompt_token_ids == prompt[-kept:]
+    assert answer["usage"]["prompt_tokens"] == kept
+
+
+def test_a_text_far_too_long_can_be_cut_to_what_fits(server: RunningServer) -> None:
+    text = "the lazy dog " * 3000
+    for path, body in ((COMPLETIONS, {"prompt": text}), (CHAT, {"messages": [{"role": "user", "content": text}]})):
+        post(server, path, {**body, "truncate_prompt_tokens": -1, "max_tokens": 6}).raise_for_status()
+        assert len(server.engine.requests[-1].prompt_token_ids) == MAX_MODEL_LEN - 6
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("framed", [True, False])
+def test_the_tokenizers_frame_can_be_asked_for_or_left_out(server: RunningServer, path: str, framed: bool) -> None:
+    own: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": MESSAGES}
+    post(server, path, {**own, "add_special_tokens": framed}).raise_for_status()
+    ids = server.engine.requests[0].prompt_token_ids
+    assert ids.count(TOKENIZER.token_to_id(BOS) or 0) == framed + (path == CHAT)  # the template writes one itself
+
+
+def test_the_final_message_can_be_continued(server: RunningServer) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "I am"}]
+    fields = {"add_generation_prompt": False, "continue_final_message": True}
+    post(server, CHAT, {"messages": messages, **fields}).raise_for_status()
+    ids = server.engine.requests[0].prompt_token_ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == "<|bos|>[user]hello[assistant]I am"
+
+
+def test_the_template_gets_more_variables(tmp_path: Path) -> None:
+    model = write_model(tmp_path)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}{% if think %}!{% endif %}")
+    with running_server(model) as server:
+        post(server, CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"think": True}}).raise_for_status()
+    assert TOKENIZER.decode(server.engine.requests[0].prompt_token_ids) == "hello!"
+
+
+def test_a_models_repetition_penalty_is_a_default(tmp_path: Path) -> None:
+    with running_server(write_model(tmp_path, repetition_penalty=1.1)) as server:
+        for body in ({"prompt": "x"}, {"prompt": "x", "repetition_penalty": 1}):
+            post(server, COMPLETIONS, body).raise_for_status()
+        assert [request.sampling.repetition_penalty for request in server.engine.requests] == [1.1, 1]
 
 
 def test_what_a_request_leaves_out_is_the_models_default(server: RunningServer) -> None:
