@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,15 @@ def test_tokens_have_the_text_and_the_spelling_that_transformers_gives_them(
 def test_an_id_without_a_token_has_no_spelling(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_strs([10_000]) == [""]
     assert tokenizer.decode([10_000]) == ""
+
+
+@pytest.mark.parametrize("flag", ["add_bos_token", "add_eos_token"])
+@pytest.mark.parametrize("value", [True, False])
+def test_the_frame_is_that_of_tokenizer_json_whatever_the_config_says(
+    family: Path, tmp_path: Path, flag: str, value: bool
+) -> None:
+    shutil.copytree(family, tmp_path, dirs_exist_ok=True)
+    config = json.loads((family / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, flag: value}))
+    ids = Tokenizer(tmp_path).encode("the house", add_special_tokens=True)
+    assert ids == PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("the house")
