@@ -1,0 +1,49 @@
+"""Whether a model fits, from what its ranks measured."""
+
+from dataclasses import replace
+
+import pytest
+
+from engine.doctor.capacity import agreed_start, weights_fit
+from engine.doctor.messages import Capacity
+from engine.protocol.checks import CheckStatus
+from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
+from engine.protocol.model_config import ModelConfig
+
+GIB = 1 << 30
+
+
+def capacity(*, weights: int = 1, free: int = GIB, blocks: int = 10) -> Capacity:
+    return Capacity(
+        weight_bytes=weights,
+        bytes_per_token=weights,
+        free_memory=free,
+        kv_block_bytes=1024,
+        num_kv_blocks=blocks,
+        error="",
+        read_bandwidth=1e9,
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares_memory", "fits"),
+    [(GIB // 2, True, True), (GIB // 2 + 1, True, False), (GIB, False, True), (GIB + 1, False, False)],
+)
+def test_weights_of_all_ranks_must_fit_the_host_and_each_ranks_its_device(
+    weights: int, shares_memory: bool, fits: bool
+) -> None:
+    found = weights_fit([capacity(weights=weights)] * 2, shares_memory=shares_memory)
+    assert found.status is (CheckStatus.OK if fits else CheckStatus.FAILURE)
+
+
+def test_the_fullest_device_counts() -> None:
+    found = weights_fit([capacity(weights=10), capacity(weights=10, free=9)], shares_memory=False)
+    assert found.status is CheckStatus.FAILURE
+
+
+def test_the_smallest_rank_holds_for_all_as_in_serving() -> None:
+    config = ModelConfig.from_directory(EMBEDDED_MODEL)
+    start = agreed_start(EngineConfig(), config, [capacity(blocks=9), capacity(blocks=7)])
+    assert (start.num_kv_blocks, start.max_model_len) == (7, 7 * 16)
+    with pytest.raises(ValueError, match="--max-model-len 113 does not fit: the KV cache holds 112 tokens"):
+        agreed_start(replace(EngineConfig(), max_model_len=113), config, [capacity(blocks=7)])
