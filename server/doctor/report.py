@@ -133,7 +133,9 @@ class TableReport(Report):
 
     def _wrapped(self, text: str, subsequent_indent: str = "") -> list[str]:
         width = self._width - self._indent
-        lines = textwrap.wrap(text, width, subsequent_indent=subsequent_indent, break_on_hyphens=False)
+        lines = textwrap.wrap(
+            text, width, subsequent_indent=subsequent_indent, break_on_hyphens=False, break_long_words=False
+        )
         return lines or [""]
 
     def _toned(self, text: str, status: CheckStatus) -> str:

@@ -1,11 +1,13 @@
-"""Whether a model fits, from what its ranks measured."""
+"""Whether a model fits and collectives are fast, from what ranks measured."""
 
 from dataclasses import replace
 
 import pytest
 
 from engine.doctor.capacity import agreed_start, weights_fit
-from engine.doctor.messages import Capacity
+from engine.doctor.group import all_reduce_times
+from engine.doctor.messages import Capacity, RankReport
+from engine.doctor.rank import LARGE, SMALL
 from engine.protocol.checks import CheckStatus
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
 from engine.protocol.model_config import ModelConfig
@@ -47,3 +49,25 @@ def test_the_smallest_rank_holds_for_all_as_in_serving() -> None:
     assert (start.num_kv_blocks, start.max_model_len) == (7, 7 * 16)
     with pytest.raises(ValueError, match="--max-model-len 113 does not fit: the KV cache holds 112 tokens"):
         agreed_start(replace(EngineConfig(), max_model_len=113), config, [capacity(blocks=7)])
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.0049, CheckStatus.OK), (0.0051, CheckStatus.WARNING)])
+def test_an_all_reduce_of_a_mebibyte_is_slow_from_5_ms_on(seconds: float, status: CheckStatus) -> None:
+    times = {SMALL: [1e-4, 2e-4, 9e-4], LARGE: [seconds] * 3}
+    reports = [
+        RankReport(
+            epoch=1,
+            rank=rank,
+            num_threads=1,
+            join_seconds=0.1,
+            are_sums_right=True,
+            all_reduce_seconds=times,
+            read_bandwidth=1e9,
+            capacity=capacity(),
+        )
+        for rank in range(2)
+    ]
+    found = all_reduce_times(reports)
+    assert found.status is status
+    assert found.detail.startswith("4.0 KiB in 200 µs (median; at most 900 µs); 1.0 MiB in ")
+    assert all_reduce_times(reports[:1]).status is CheckStatus.SKIPPED
