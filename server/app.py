@@ -1,7 +1,5 @@
 """The FastAPI application."""
 
-from typing import Any
-
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -15,33 +13,17 @@ from server.middleware.access_log import AccessLog
 from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
+from server.openapi import API
 from server.routes import chat, completions, docs, health, models, tokenize
 from server.service import Service
 
-DESCRIPTION = "OpenAI-compatible API. Every field works, or is refused with an error that names it."
 EXPOSED_HEADERS = (REQUEST_ID_HEADER, "retry-after")
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 
 
-class API(FastAPI):
-    """The application; its schema leaves out FastAPI's own validation error, which is never sent."""
-
-    def openapi(self) -> dict[str, Any]:
-        """Return the OpenAPI schema."""
-        if self.openapi_schema is None:
-            schema = super().openapi()
-            for path in schema["paths"].values():
-                for operation in path.values():
-                    operation["responses"].pop("422", None)
-            for name in ("HTTPValidationError", "ValidationError"):
-                schema["components"]["schemas"].pop(name, None)
-        assert self.openapi_schema is not None
-        return self.openapi_schema
-
-
 def create_app(service: Service, config: ServerConfig, credentials: Credentials) -> ASGIApp:
     """Return the application that serves `service`, and all that is around it."""
-    app: ASGIApp = _api(service)
+    app: ASGIApp = _api(service, is_locked=credentials.api_key is not None)
     if credentials.api_key is not None:
         app = APIKeyAuth(app, credentials.api_key)
     app = BodyLimit(app, config.max_body_size)
@@ -59,8 +41,8 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
     return RequestID(app)
 
 
-def _api(service: Service) -> FastAPI:
-    app = API(title="ryzanstein", version=health.VERSION, description=DESCRIPTION, docs_url=None, redoc_url=None)
+def _api(service: Service, *, is_locked: bool) -> FastAPI:
+    app = API(version=health.VERSION, is_locked=is_locked)
     app.state.service = service
     for module in (completions, chat, tokenize, models, health, docs):
         app.include_router(module.router)

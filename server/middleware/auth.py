@@ -19,7 +19,7 @@ class APIKeyAuth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if _is_open(scope["path"].removeprefix(scope["root_path"])) or self._is_authorized(scope):
+        if is_open(scope["path"].removeprefix(scope["root_path"])) or self._is_authorized(scope):
             await self._app(scope, receive, send)
         else:
             await _unauthorized().response({"www-authenticate": "Bearer"})(scope, receive, send)
@@ -32,7 +32,8 @@ class APIKeyAuth:
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(b" "), self._api_key)
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Return whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 

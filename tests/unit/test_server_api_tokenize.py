@@ -178,7 +178,7 @@ def test_text_is_tokenized_while_the_model_is_still_loading(model: Path) -> None
 def test_the_schema_describes_both(idle_server: RunningServer) -> None:
     paths = httpx.get(f"{idle_server.url}/openapi.json").json()["paths"]
     for path in (TOKENIZE, DETOKENIZE):
-        assert paths[path]["post"]["responses"].keys() == {"200", "400", "404", "503"}
+        assert paths[path]["post"]["responses"].keys() == {"200", "400", "404", "413", "503"}
 
 
 # --- published formats -----------------------------------------------------------------------------------------------

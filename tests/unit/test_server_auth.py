@@ -119,3 +119,12 @@ def test_neither_key_nor_prompt_nor_query_is_logged(locked: RunningServer, serve
 
 def test_the_server_without_a_key_is_open(idle_server: RunningServer) -> None:
     assert httpx.get(f"{idle_server.url}/v1/models").status_code == 200
+
+
+def test_the_schema_says_what_needs_the_key(locked: RunningServer, idle_server: RunningServer) -> None:
+    schema = httpx.get(f"{locked.url}/openapi.json").json()
+    assert schema["components"]["securitySchemes"] == {"API key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) == (path not in OPEN_PATHS) == ("security" in operation)
+    assert "securitySchemes" not in httpx.get(f"{idle_server.url}/openapi.json").json()["components"]
