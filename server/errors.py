@@ -68,6 +68,8 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ValueError | RecursionError):  # not UTF-8, too long a number, too deep
+        return APIError(f"The body is not valid JSON: {error.__cause__}.", code="invalid_json").response()
     messages = {
         404: f"Unknown request URL: {request.method} {request.url.path}.",
         405: f"Not allowed to {request.method} on {request.url.path}.",

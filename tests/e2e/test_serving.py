@@ -91,6 +91,111 @@ def test_the_official_client_works_end_to_end(client: openai.OpenAI) -> None:
     assert error.value.code == "context_length_exceeded"
 
 
+def test_the_official_client_gets_logprobs_that_agree_however_they_are_asked_for(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 12}
+    first = client.completions.create(prompt=PROMPTS[0], logprobs=3, **fields).choices[0]
+    assert first.logprobs is not None
+    assert first.logprobs.tokens is not None
+    assert first.logprobs.token_logprobs is not None
+    assert first.logprobs.top_logprobs is not None
+    assert first.text == "".join(first.logprobs.tokens)
+    for token, own, top in zip(
+        first.logprobs.tokens, first.logprobs.token_logprobs, first.logprobs.top_logprobs, strict=True
+    ):
+        assert len(top) == 3
+        assert own == top[token] == max(top.values())  # greedy takes the likeliest
+    pieces = list(client.completions.create(prompt=PROMPTS[0], logprobs=3, stream=True, **fields))
+    streamed = [piece.choices[0].logprobs.tokens for piece in pieces if piece.choices[0].logprobs is not None]
+    assert [token for tokens in streamed for token in tokens or ()] == first.logprobs.tokens
+    scored = client.completions.create(
+        model=MODEL, prompt=PROMPTS[0] + first.text, max_tokens=0, echo=True, logprobs=0
+    ).choices[0]
+    assert scored.text == PROMPTS[0] + first.text
+    logprobs = scored.model_dump()["logprobs"]
+    assert logprobs["token_logprobs"][0] is None
+    num_tokens = len(first.logprobs.tokens)
+    assert logprobs["tokens"][-num_tokens:] == first.logprobs.tokens
+    assert logprobs["token_logprobs"][-num_tokens:] == pytest.approx(first.logprobs.token_logprobs, abs=1e-4)
+
+
+def test_the_official_client_gets_the_logprobs_of_a_message(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Sort a list"}]
+    fields: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0, "logprobs": True}
+    choice = client.chat.completions.create(top_logprobs=2, **fields).choices[0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+    assert all(entry.top_logprobs[0].token == entry.token for entry in choice.logprobs.content)
+    tokens = []
+    for piece in client.chat.completions.create(stream=True, **fields):
+        logprobs = piece.choices[0].logprobs
+        tokens += [] if logprobs is None else [entry.token for entry in logprobs.content or ()]
+    assert tokens == [entry.token for entry in choice.logprobs.content]
+
+
+def test_the_best_of_several_are_the_likeliest_of_them(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "prompt": "import ", "max_tokens": 8, "seed": 5, "temperature": 1}
+    every = client.completions.create(n=5, logprobs=0, **fields)
+    best = client.completions.create(n=2, best_of=5, **fields)
+
+    def mean(choice: Any) -> float:
+        found: list[float] = choice.logprobs.token_logprobs
+        return sum(found) / len(found)
+
+    ranked = sorted((choice for choice in every.choices), key=mean, reverse=True)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
+    assert best.usage is not None
+    assert every.usage is not None
+    assert best.usage.completion_tokens == every.usage.completion_tokens
+
+
+def test_a_bias_forces_a_token_and_forbids_one(client: openai.OpenAI, service: ServiceProcess) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": 6, "temperature": 0}
+    plain = service.complete(**fields, return_token_ids=True)["token_ids"]
+    forced = client.completions.create(logit_bias={str(plain[3]): 100}, **fields, extra_body={"return_token_ids": True})
+    assert forced.choices[0].model_dump()["token_ids"] == [plain[3]] * 6
+    forbidden = client.completions.create(
+        logit_bias={str(plain[0]): -100}, **fields, extra_body={"return_token_ids": True}
+    )
+    assert plain[0] not in forbidden.choices[0].model_dump()["token_ids"]
+
+
+def test_penalties_keep_a_text_from_repeating_itself(client: openai.OpenAI) -> None:
+    def distinct(**fields: Any) -> int:
+        answer = client.completions.create(
+            model=MODEL, prompt="a = 1\na = 1\na = 1\n", max_tokens=40, temperature=0, **fields
+        )
+        return len(set(answer.choices[0].model_dump()["token_ids"]))
+
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    plain = distinct(extra_body=extra)
+    assert distinct(presence_penalty=2, extra_body=extra) > plain
+    assert distinct(frequency_penalty=2, extra_body=extra) > plain
+    assert distinct(extra_body={**extra, "repetition_penalty": 2}) == 40  # of 40
+
+
+def test_a_stop_token_of_the_requests_own_waits_for_min_tokens(service: ServiceProcess) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPTS[0], "max_tokens": 20, "temperature": 0, "return_token_ids": True}
+    plain = service.complete(**fields)["token_ids"]
+    stopped = service.complete(**fields, stop_token_ids=plain[4:5])
+    assert (stopped["token_ids"], stopped["stop_reason"]) == (plain[: plain.index(plain[4]) + 1], plain[4])
+    later = service.complete(**fields, stop_token_ids=plain[4:5], min_tokens=10)
+    assert len(later["token_ids"]) > 10
+    assert plain[4] not in later["token_ids"][:10]
+
+
+def test_a_prompt_that_is_scored_again_says_the_same_of_each_token(service: ServiceProcess) -> None:
+    prompt = "def is_prime(n):\n    for k in range(2, n):\n        if n % k == 0:\n            return False\n"
+    answers = [service.complete(prompt=prompt, max_tokens=0, prompt_logprobs=2) for _ in range(2)]
+    first, again = (answer["prompt_logprobs"] for answer in answers)
+    assert first[0] is None
+    assert len(first) > 20
+    assert all(len(position) in (2, 3) for position in first[1:])
+    for ours, theirs in zip(first[1:], again[1:], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[token]["logprob"] == pytest.approx(theirs[token]["logprob"], abs=1e-4) for token in ours)
+
+
 def test_a_stop_string_cuts_the_greedy_text(service: ServiceProcess) -> None:
     text = service.complete(prompt=PROMPTS[0], max_tokens=40, temperature=0)["text"]
     middle = len(text) // 2

@@ -331,22 +331,37 @@ def test_whoever_serves_sets_the_limits(
     assert " 2 " in error["message"]
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize(
-    "body",
+    ("body", "code"),
     [
-        b"",
-        b"{",
-        b"[1]",
-        b'"x"',
-        b"null",
-        b"\xff",
-        b"[" * 100_000,
-        b'{"seed": 1' + b"0" * 9999 + b"}",
-        b'{"metadata":' + b'{"a":' * 50_000,
+        (b"", "invalid_body"),
+        (b"[1]", "invalid_body"),
+        (b'"x"', "invalid_body"),
+        (b"null", "invalid_body"),
+        (b"7", "invalid_body"),
+        (b"NaN", "invalid_body"),
+        (b"{", "invalid_json"),
+        (b"{'prompt': 'x'}", "invalid_json"),
+        (b'{"prompt": "x",}', "invalid_json"),
+        (b'{"prompt": "x"} {}', "invalid_json"),
+        (b"\xff", "invalid_json"),
+        (b"\x00", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"metadata":' + b'{"a":' * 50_000, "invalid_json"),
+        (b'{"seed": 1' + b"0" * 9999 + b"}", "invalid_json"),
     ],
-)
-def test_a_body_that_is_no_json_object_gets_a_400(idle_server: RunningServer, body: bytes) -> None:
-    refusal(idle_server, COMPLETIONS, body)
+)  # fmt: skip
+def test_a_body_that_is_no_json_object_gets_a_400(
+    idle_server: RunningServer, path: str, body: bytes, code: str
+) -> None:
+    error = refusal(idle_server, path, body)
+    assert (error["param"], error["code"]) == (None, code)
+
+
+def test_of_a_key_that_is_written_twice_the_last_counts(idle_server: RunningServer) -> None:
+    error = refusal(idle_server, COMPLETIONS, b'{"prompt": "x", "n": 1, "n": 0}')
+    assert error["param"] == "n"
 
 
 def test_a_key_that_is_no_text_is_said_to_be_unknown(idle_server: RunningServer) -> None:
