@@ -9,9 +9,9 @@ from server.stop_strings import StopStrings
 from server.tokenizer import Tokenizer
 from tests.tokenizers import FAMILIES
 
-ALPHABET = "ab\né🙂"
-LETTERS = st.text(ALPHABET, max_size=30)
-STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=5), max_size=4)
+FEW, MORE = "aé", "ab\né🙂"  # of few letters, many stop strings begin more than once
+LETTERS = st.text(FEW, max_size=30) | st.text(MORE, max_size=30)
+STOPS = st.lists(st.text(FEW, min_size=1, max_size=6) | st.text(MORE, min_size=1, max_size=5), max_size=4)
 CUTS = st.lists(st.integers(0, 100), max_size=8)
 
 
@@ -76,6 +76,11 @@ def test_nothing_that_was_passed_on_is_part_of_the_stop_string(
 def test_a_false_start_is_released() -> None:
     stop = StopStrings(["</end>"])
     assert [stop.feed("a</e"), stop.feed("x")] == ["a", "</ex"]
+
+
+def test_a_stop_string_may_begin_within_a_false_start() -> None:
+    stop = StopStrings(["aab"])
+    assert ([stop.feed(letter) for letter in "xaaab"], stop.found) == (["x", "", "", "a", ""], "aab")
 
 
 def test_after_a_stop_string_nothing_gets_through() -> None:
