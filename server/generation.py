@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from engine.protocol.messages import Request, SamplingParams, TokenOutput
+from engine.protocol.messages import Request, SamplingParams, TokenLogprobs, TokenOutput
 from server.choice import Choice, Delta, Reason, TextOptions
 from server.engine_client import EngineClient
 from server.errors import APIError
@@ -38,6 +38,7 @@ class Completion:
     stop_reason: str | int | None
     token_ids: list[int]
     entries: list[LogprobEntry]
+    prompt_logprobs: list[TokenLogprobs]
 
 
 class Generation:
@@ -117,7 +118,7 @@ class Generation:
             async for deltas in arriving:
                 for delta in deltas:
                     parts[delta.index].append(delta)
-        return [_join(index, choice, parts[choice.index]) for index, choice in enumerate(self._best())]
+        return [self._join(index, choice, parts[choice.index]) for index, choice in enumerate(self._best())]
 
     def _best(self) -> Iterable[Choice]:
         """Return each prompt's likeliest choices, the likeliest first; all in their order where all are wanted."""
@@ -128,25 +129,33 @@ class Generation:
         ranked = (sorted(group, key=lambda choice: choice.mean_logprob, reverse=True) for group in groups)
         return [choice for group in ranked for choice in group[:num_choices]]
 
-
-def _join(index: int, source: Choice, deltas: Sequence[Delta]) -> Completion:
-    last = deltas[-1]
-    assert last.finish_reason is not None
-    return Completion(
-        index,
-        source,
-        "".join(delta.text for delta in deltas),
-        last.finish_reason,
-        last.stop_reason,
-        [token_id for delta in deltas for token_id in delta.token_ids or ()],
-        [entry for delta in deltas for entry in delta.entries],
-    )
+    def _join(self, index: int, source: Choice, deltas: Sequence[Delta]) -> Completion:
+        last = deltas[-1]
+        assert last.finish_reason is not None
+        first_of_prompt = self.choices[source.index - source.index % self._plan.num_sampled]
+        return Completion(
+            index,
+            source,
+            "".join(delta.text for delta in deltas),
+            last.finish_reason,
+            last.stop_reason,
+            [token_id for delta in deltas for token_id in delta.token_ids or ()],
+            [entry for delta in deltas for entry in delta.entries],
+            first_of_prompt.prompt_logprobs,
+        )
 
 
 def _requests(plan: GenerationPlan) -> list[Request]:
-    """Return one engine request for each choice: those of one prompt share it and a seed."""
+    """Return one engine request for each choice: those of one prompt share it and a seed.
+
+    A prompt is scored with its first choice alone, unless each choice's text shows the scores.
+    """
     pairs = [(prompt, choice) for prompt in plan.prompts for choice in range(plan.num_sampled)]
+    is_shown = plan.text.echo and plan.text.logprobs
+    others = replace(plan.sampling, prompt_logprobs=plan.sampling.prompt_logprobs if is_shown else None)
     return [
-        Request(f"{plan.response_id}-{index}", prompt, replace(plan.sampling, choice_index=choice))
+        Request(
+            f"{plan.response_id}-{index}", prompt, replace(others if choice else plan.sampling, choice_index=choice)
+        )
         for index, (prompt, choice) in enumerate(pairs)
     ]

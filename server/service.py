@@ -17,11 +17,11 @@ from server.api.logprobs import LogprobFormat
 from server.api.requests import GenerationRequest
 from server.api.responses import PromptLogprobs
 from server.chat_template import ChatTemplate
-from server.choice import Choice, TextOptions
+from server.choice import TextOptions
 from server.config import ServerConfig
 from server.engine_client import EngineClient
 from server.errors import APIError
-from server.generation import Generation, GenerationPlan
+from server.generation import Completion, Generation, GenerationPlan
 from server.limits import RequestLimits
 from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
@@ -200,11 +200,11 @@ class Service:
         """Return what writes log-probabilities, with those of the `num_top` likeliest tokens."""
         return LogprobFormat(self.model.tokenizer.token_bytes_with_special, num_top or 0)
 
-    def prompt_logprobs(self, body: GenerationRequest, choice: Choice) -> PromptLogprobs | None:
+    def prompt_logprobs(self, body: GenerationRequest, completion: Completion) -> PromptLogprobs | None:
         """Return what the answer says of the prompt's tokens, if `body` asks for it."""
         if body.prompt_logprobs is None:
             return None
-        return self.logprob_format(body.prompt_logprobs).prompt(choice.prompt_logprobs)
+        return self.logprob_format(body.prompt_logprobs).prompt(completion.prompt_logprobs)
 
     def _spelling(self, body: GenerationRequest) -> TokenBytes:
         tokenizer = self.model.tokenizer

@@ -47,15 +47,14 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
         return EventStream(events_of(generation, chunks, body.include_usage))
     created = int(time.time())
     completions = await collect(request, generation)
-    source = completions[0].source
     answer = ChatCompletionResponse(
         id=response_id,
         created=created,
         model=service.model.name,
         choices=[_choice(body, completion, logprobs) for completion in completions],
         usage=usage_of(generation),
-        prompt_token_ids=source.prompt_token_ids if body.return_token_ids else None,
-        prompt_logprobs=service.prompt_logprobs(body, source),
+        prompt_token_ids=completions[0].source.prompt_token_ids if body.return_token_ids else None,
+        prompt_logprobs=service.prompt_logprobs(body, completions[0]),
     )
     return Response(answer.model_dump_json(), media_type="application/json")
 

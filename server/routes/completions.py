@@ -70,5 +70,5 @@ def _choice(
         stop_reason=completion.stop_reason,
         token_ids=completion.token_ids if body.return_token_ids else None,
         prompt_token_ids=completion.source.prompt_token_ids if body.return_token_ids else None,
-        prompt_logprobs=service.prompt_logprobs(body, completion.source),
+        prompt_logprobs=service.prompt_logprobs(body, completion),
     )

@@ -163,6 +163,22 @@ def test_prompt_logprobs_have_vllms_shape(server: RunningServer, path: str) -> N
         assert shown["1"] == {"logprob": -1 / 64, "rank": 2, "decoded_token": text_of(1)}
 
 
+def test_a_prompt_is_scored_once_for_all_its_choices(server: RunningServer) -> None:
+    body = {"prompt": ["lazy", "dog dog"], "n": 2, "max_tokens": 1, "prompt_logprobs": 0}
+    choices = post(server, COMPLETIONS, body).json()["choices"]
+    assert [request.sampling.prompt_logprobs for request in server.engine.requests] == [0, None, 0, None]
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [
+        len(request.prompt_token_ids) for request in server.engine.requests
+    ]
+
+
+def test_each_choice_has_its_own_echo(server: RunningServer) -> None:
+    answer = post(server, COMPLETIONS, {"prompt": "lazy", "n": 2, "echo": True, "logprobs": 0}).json()
+    for index, choice in enumerate(answer["choices"]):
+        assert choice["text"] == f"lazychoice {index}"
+        assert None not in choice["logprobs"]["token_logprobs"][1:]
+
+
 def test_fields_that_nobody_asked_for_are_left_out(server: RunningServer) -> None:
     choice = completion(server)
     assert choice.keys() == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
