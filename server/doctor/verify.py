@@ -1,7 +1,7 @@
 """`--verify`: real rank groups, split and unsplit, one after the other, must say the same on this machine."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -24,7 +24,7 @@ from engine.protocol.messages import (
     TokenOutput,
 )
 from engine.protocol.model_config import ModelConfig
-from server.launch import EngineProcess
+from server.launch import ORCHESTRATOR, EngineProcess
 from server.signals import stop_signals_delayed
 
 SECTION = "verify"
@@ -60,8 +60,9 @@ class Comparison:
 class _Subject:
     """The configuration, and what its groups said."""
 
-    def __init__(self, engine: EngineConfig) -> None:
+    def __init__(self, engine: EngineConfig, command: Sequence[str]) -> None:
         self.engine = engine
+        self.command = command
         self.prompts: list[list[int]] = []
         self.transcripts: dict[int, list[Transcript]] = {}  # by number of ranks
 
@@ -82,9 +83,14 @@ class _Subject:
         return TOLERANCES[dtype]
 
 
-def checks(engine: EngineConfig) -> list[Check]:
-    """Return the checks: the model on as many ranks as asked for, or on 2 if that is 1, and on one."""
-    subject = _Subject(engine)
+def checks(engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR) -> list[Check]:
+    """Return the checks: the model on as many ranks as asked for, or on 2 if that is 1, and on one.
+
+    Args:
+        engine: what would be served.
+        command: starts the orchestrator of a group.
+    """
+    subject = _Subject(engine, command)
     tp_size = max(2, engine.tensor_parallel_size)
     return [
         Check(SECTION, f"{tp_size} ranks", lambda: _split(subject, tp_size)),
@@ -121,7 +127,7 @@ def _run(subject: _Subject, tp_size: int) -> Finding:
         ValueError: if it fails or falls silent.
     """
     began = time.monotonic()
-    with _Group(replace(subject.engine, tensor_parallel_size=tp_size)) as group:
+    with _Group(replace(subject.engine, tensor_parallel_size=tp_size), subject.command) as group:
         started = time.monotonic()
         if not subject.prompts:
             subject.prompts = prompts(subject.model_config().vocab_size, group.status.max_model_len)
@@ -194,8 +200,9 @@ class _Group:
         ValueError: in its own words, if it fails, and if it falls silent.
     """
 
-    def __init__(self, engine: EngineConfig) -> None:
+    def __init__(self, engine: EngineConfig, command: Sequence[str]) -> None:
         self._engine = engine
+        self._command = command
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -203,7 +210,7 @@ class _Group:
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=0)
             with stop_signals_delayed():
-                process = EngineProcess(self._engine)
+                process = EngineProcess(self._engine, self._command)
                 stack.callback(process.stop)
             self._states = Channel(context, None, GroupStatus)
             self._states.bind(process.spec.status_endpoint)

@@ -1,0 +1,26 @@
+"""An orchestrator whose ranks, where there are several, forget to sum: what a split model says is then wrong."""
+
+import sys
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from engine.communication.handler import CommunicationHandler
+from engine.orchestrator.orchestrator import MultiGPUOrchestrator
+from engine.protocol.config import RankSpec
+from engine.worker.rank import run_rank
+
+RANK_COMMAND = (sys.executable, "-m", "tests.fault.wrong_sums_group", "--rank")
+
+
+def forget_to_sum(_: CommunicationHandler, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+if __name__ == "__main__":
+    spec = msgspec.json.decode(Path(sys.argv[-1]).read_bytes(), type=RankSpec)
+    if "--rank" in sys.argv:
+        CommunicationHandler.all_reduce = forget_to_sum  # type: ignore[method-assign, assignment]
+        sys.exit(run_rank(spec))
+    sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), rank_command=RANK_COMMAND).run())
