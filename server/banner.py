@@ -4,6 +4,7 @@ import socket
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.messages import GroupStatus
+from engine.protocol.units import format_bytes
 from server.service import TextModel
 
 
@@ -27,12 +28,3 @@ def listening_url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def format_bytes(size: float) -> str:
-    """Return a size as people read it: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
