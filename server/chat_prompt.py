@@ -8,7 +8,7 @@ from server.chat_template import ChatTemplate, ChatTemplateError
 from server.errors import APIError
 from server.service import LONG_TEXT, Service
 
-LONG_MESSAGE = 100  # characters of text that take as long as a message's own turn in a template
+MESSAGE_LENGTH = 100  # characters of text that take as long as a message's own turn in a template
 
 
 async def chat_prompt(
@@ -32,7 +32,7 @@ async def chat_prompt(
         continue_final_message=continue_final_message,
         kwargs=kwargs,
     )
-    length = sum(LONG_MESSAGE + len(message["content"]) for message in messages)
+    length = sum(MESSAGE_LENGTH + len(message["content"]) for message in messages) + len(repr(kwargs))
     try:
         return work() if length <= LONG_TEXT else await service.aside(work)
     except ChatTemplateError as error:

@@ -1,9 +1,10 @@
 """`POST /tokenize` and `/detokenize`. They need the tokenizer alone, and answer while the model is still loading."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from server.api.checks import check_prompts
@@ -22,13 +23,14 @@ async def tokenize(body: TokenizeRequest, service: ServiceOf) -> Any:
     text = await _text(body, service)
     is_framed = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     (ids,) = await service.tokenize([text], add_special_tokens=is_framed)
-    answer = TokenizeResponse(
-        count=len(ids),
-        max_model_len=service.max_model_len or None,
-        tokens=ids,
-        token_strs=service.model.tokenizer.token_strs(ids) if body.return_token_strs else None,
-    )
-    return Response(answer.model_dump_json(), media_type="application/json")
+    tokenizer = service.model.tokenizer
+
+    def answer() -> TokenizeResponse:
+        token_strs = tokenizer.token_strs(ids) if body.return_token_strs else None
+        length = service.max_model_len or None
+        return TokenizeResponse(count=len(ids), max_model_len=length, tokens=ids, token_strs=token_strs)
+
+    return await _respond(service, len(ids), answer)
 
 
 async def _text(body: TokenizeRequest, service: Service) -> str:
@@ -49,6 +51,15 @@ async def detokenize(body: DetokenizeRequest, service: ServiceOf) -> Any:
     """Return the text that the tokens spell, special tokens written out."""
     service.check_model(body.model)
     check_prompts("tokens", [body.tokens], service.model.vocab_size)
-    work = partial(service.model.tokenizer.decode, body.tokens)
-    text = work() if len(body.tokens) <= LONG_TEXT else await service.aside(work)
-    return Response(DetokenizeResponse(prompt=text).model_dump_json(), media_type="application/json")
+    tokenizer = service.model.tokenizer
+    return await _respond(service, len(body.tokens), lambda: DetokenizeResponse(prompt=tokenizer.decode(body.tokens)))
+
+
+async def _respond(service: Service, num_tokens: int, answer: Callable[[], BaseModel]) -> Response:
+    """Return what `answer` makes; of many tokens, beside the event loop."""
+
+    def content() -> str:
+        return answer().model_dump_json()
+
+    made = content() if num_tokens <= LONG_TEXT else await service.aside(content)
+    return Response(made, media_type="application/json")

@@ -70,17 +70,57 @@ def test_a_conversation_has_the_tokens_that_the_engine_would_get(server: Running
     assert post(server, TOKENIZE, {"messages": MESSAGES}).json()["tokens"] == request.prompt_token_ids
 
 
-def test_a_text_longer_than_the_context_is_counted(idle_server: RunningServer) -> None:
-    begin = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        counting = pool.submit(post, idle_server, TOKENIZE, {"prompt": LONG_PROMPT})
-        waits = []
-        while not counting.done():
+def longest_wait_meanwhile(server: RunningServer, path: str, body: object) -> tuple[float, httpx.Response]:
+    """Return the longest that anything else waited for an answer, as a share of this request's time; and its answer."""
+    waits = [0.0]
+    with ThreadPoolExecutor(1) as pool, httpx.Client() as client:
+        begin = time.perf_counter()
+        answer = pool.submit(post, server, path, body)
+        while not answer.done():
             asked = time.perf_counter()
-            assert httpx.get(f"{idle_server.url}/health").status_code == 200
+            client.get(f"{server.url}/health").raise_for_status()
             waits.append(time.perf_counter() - asked)
-    assert counting.result().json()["count"] == len(TOKENIZER.encode(LONG_PROMPT).ids)
-    assert max(waits) < (time.perf_counter() - begin) / 2  # the loop went on meanwhile
+            time.sleep(0.005)
+        return max(waits) / (time.perf_counter() - begin), answer.result()
+
+
+def test_a_text_longer_than_the_context_is_counted_while_others_are_answered(idle_server: RunningServer) -> None:
+    body = {"prompt": LONG_PROMPT, "return_token_strs": True}
+    share, answer = longest_wait_meanwhile(idle_server, TOKENIZE, body)
+    assert share < 0.75
+    assert answer.json()["count"] == len(answer.json()["token_strs"]) == len(TOKENIZER.encode(LONG_PROMPT).ids)
+
+
+@pytest.fixture
+def slow_template_server(tmp_path: Path) -> Iterator[RunningServer]:
+    """Takes half a second for any conversation."""
+    (write_model(tmp_path) / "chat_template.jinja").write_text(
+        "{% for _ in range(99999) %}{% for _ in range(30) %}{% endfor %}{% endfor %}{{ note }}"
+    )
+    with running_server(tmp_path, ready=False) as server:
+        yield server
+
+
+@pytest.mark.parametrize("long", ["messages", "text", "variables"])
+def test_others_are_answered_while_a_long_conversation_is_rendered(
+    slow_template_server: RunningServer, long: str
+) -> None:
+    bodies = {
+        "messages": {"messages": MESSAGES * 1000},
+        "text": {"messages": [{"role": "user", "content": "x" * LONG_TEXT}]},
+        "variables": {"messages": MESSAGES, "chat_template_kwargs": {"note": "x" * LONG_TEXT}},
+    }
+    share, _ = longest_wait_meanwhile(slow_template_server, TOKENIZE, bodies[long])
+    assert share < 0.75
+
+
+def test_a_template_that_does_not_end_is_the_conversations_error(
+    slow_template_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.chat_template.MAX_RENDER_SECONDS", 0.01)
+    found = error(post(slow_template_server, TOKENIZE, {"messages": MESSAGES}))
+    assert found["param"] == "messages"
+    assert "not done after" in found["message"]
 
 
 def test_tokens_become_text_with_control_tokens_written_out(idle_server: RunningServer) -> None:
