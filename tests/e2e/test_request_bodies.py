@@ -131,8 +131,10 @@ VALID = st.tuples(st.just(COMPLETIONS), COMPLETION_BODIES.map(settled).map(as_js
     st.just(CHAT), CHAT_BODIES.map(settled).map(as_json)
 )
 SPOILT = st.tuples(
-    st.just(COMPLETIONS), spoilt(COMPLETION_BODIES, {"prompt", *COMPLETION_FIELDS}).map(as_json)
-) | st.tuples(st.just(CHAT), spoilt(CHAT_BODIES, {"messages", *CHAT_FIELDS}).map(as_json))
+    st.just(COMPLETIONS), spoilt(COMPLETION_BODIES.map(settled), {"prompt", *COMPLETION_FIELDS}).map(as_json)
+) | st.tuples(
+    st.just(CHAT), spoilt(CHAT_BODIES.map(settled), {"messages", "chat_template_kwargs", *CHAT_FIELDS}).map(as_json)
+)
 BROKEN = st.tuples(VALID, st.floats(0, 0.99)).map(lambda both: (both[0][0], cut(both[0][1], both[1])))
 ANYTHING = st.tuples(st.sampled_from([COMPLETIONS, CHAT]), JUNK.map(as_json) | st.binary(max_size=20))
 
@@ -198,7 +200,7 @@ def test_every_valid_body_is_served(service: ServiceProcess, tell: Callable[[str
 
 def test_no_body_breaks_the_service(service: ServiceProcess, tell: Callable[[str], None]) -> None:
     checks = service.metric("ryzanstein_integrity_checks_total")
-    statuses = exercise(service, SPOILT | SPOILT | BROKEN | ANYTHING, 400)
+    statuses = exercise(service, SPOILT | SPOILT | BROKEN | ANYTHING, 600)
     assert len(statuses) > 5
     assert httpx.get(f"{service.url}/ready").status_code == 200
     service.complete(prompt="x", max_tokens=1)
