@@ -30,7 +30,7 @@ CHECKS = [
 POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 GETS = ["/v1/models", "/v1/models/{name}", "/health", "/ready", "/version", "/metrics"]
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
-SECONDS = 30.0  # generous: only a hang should exceed it
+SECONDS = 120.0  # generous: only a hang should exceed it
 
 
 @pytest.fixture(scope="module")
