@@ -73,6 +73,15 @@ def test_the_command_for_a_model_of_yours_serves_it() -> None:
         assert len(service.rank_pids()) == 2
 
 
+@pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="the suite runs outside of make's .venv")
+def test_the_doctor_finds_that_the_embedded_model_can_be_served() -> None:
+    command = block_with("bash", "ryzanstein doctor").split()
+    environment = {**os.environ, "RYZANSTEIN_PORT": "0"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("Serving would start.\n")
+
+
 def test_make_test_is_the_command_that_ci_runs() -> None:
     assert "make test\n" in blocks("bash")
     assert "make test" in (ROOT / ".ci/run").read_text()
