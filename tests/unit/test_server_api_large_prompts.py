@@ -47,17 +47,18 @@ def slow_tokenizer_server(tmp_path: Path) -> Iterator[RunningServer]:
 def test_other_requests_are_answered_while_a_large_prompt_is_tokenized(slow_tokenizer_server: RunningServer) -> None:
     server, waits = slow_tokenizer_server, []
     with ThreadPoolExecutor(1) as pool, httpx.Client() as client:
+        arrival = time.monotonic()
         large = pool.submit(post, server, COMPLETIONS, {"prompt": LONG_PROMPT})
         while not large.done():
             begin = time.monotonic()
             client.get(f"{server.url}/health").raise_for_status()
             waits.append(time.monotonic() - begin)
             time.sleep(0.05)
+        whole = time.monotonic() - arrival
         error = large.result().json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "at least" not in error["message"]
-    assert len(waits) > 10
-    assert max(waits) < 1
+    assert max(waits) < whole / 2
 
 
 def test_a_prompt_being_tokenized_gets_503_when_the_service_ends(slow_tokenizer_server: RunningServer) -> None:
