@@ -14,6 +14,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from engine.protocol.units import format_bytes
+
 ENVIRONMENT_PREFIX = "RYZANSTEIN_"
 SIZE_UNITS = {"": 1, "b": 1} | {
     letter + suffix: base**power
@@ -33,7 +35,6 @@ class Option:
 
     field: "Field[Any]"
     type: type
-    optional: bool
 
     @property
     def name(self) -> str:
@@ -56,8 +57,6 @@ class Option:
         Raises:
             ValueError: saying what was expected.
         """
-        if value is None and self.optional:
-            return None
         if self.field.metadata["secret"] and not isinstance(value, str):
             raise ValueError("must be text")  # errors of other options show the value
         if self.field.metadata["unit"] == "bytes":
@@ -69,7 +68,7 @@ class Option:
         """The default as people write it; empty when there is none."""
         default: Any = self.field.default
         if self.field.metadata["unit"] == "bytes" and default is not None:
-            return _format_size(default)
+            return format_bytes(default)
         if self.type is tuple:
             return ",".join(default)
         return "" if default is None else str(default)
@@ -91,11 +90,11 @@ def options_of(config: type) -> list[Option]:
 
 def _option(item: "Field[Any]", hint: Any) -> Option:
     if get_origin(hint) is tuple:
-        return Option(item, tuple, optional=False)
+        return Option(item, tuple)
     if isinstance(hint, UnionType):
         inner = next(argument for argument in get_args(hint) if argument is not type(None))
-        return Option(item, inner, optional=True)
-    return Option(item, hint, optional=False)
+        return Option(item, inner)
+    return Option(item, hint)
 
 
 def parse_size(value: object) -> int:
@@ -110,14 +109,6 @@ def parse_size(value: object) -> int:
     if size >= MAX_SIZE:
         raise ValueError(f"must be less than 2**63 bytes, not {value!r}")
     return int(size)
-
-
-def _format_size(size: int) -> str:
-    """Return what `parse_size` reads as this size: 16MiB."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size % factor == 0:
-            return f"{size // factor}{unit}"
-    return str(size)
 
 
 def _parse_text(value: object) -> str:

@@ -179,4 +179,4 @@ def test_help_names_the_options_of_security() -> None:
     shown = without_service("--help").stdout
     for option in ("--api-key-file", "--ssl-certfile", "--allowed-origins", "--root-path", "--max-body-size"):
         assert option in shown
-    assert "16MiB" in shown
+    assert "16.0 MiB" in shown

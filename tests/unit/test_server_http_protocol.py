@@ -136,6 +136,20 @@ def test_a_request_may_wait_for_the_answer_before_it(hasty: RunningServer) -> No
     assert answer.count(b"HTTP/1.1 200") == 3
 
 
+def test_a_request_may_arrive_slowly_while_its_client_waits_for_an_answer(hasty: RunningServer) -> None:
+    hasty.engine.script = lambda _: "a"
+    hasty.engine.step_seconds = 3 * PATIENCE
+    body = b'{"prompt": [5], "max_tokens": 1}'
+    with connect(hasty) as connection:
+        connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(PATIENCE / 5)
+        connection.sendall(GET)
+        received = connection.recv(65536)
+        connection.sendall(b"connection: close\r\n\r\n")
+        received += read_to_end(connection)
+    assert received.count(b"HTTP/1.1 200") == 2
+
+
 def test_a_connection_that_says_nothing_is_closed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.http_server.KEEP_ALIVE_SECONDS", PATIENCE)
     with running_server(model) as server, connect(server) as silent, connect(server) as done:

@@ -2,6 +2,7 @@ import socket
 
 import pytest
 
+from server.banner import listening_url
 from server.listener import listen
 
 
@@ -21,3 +22,12 @@ def test_an_address_that_is_not_this_machines_is_the_hosts_fault(host: str) -> N
 def test_a_free_port_is_picked_for_0() -> None:
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
         assert listener.getsockname()[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]")]
+)
+def test_the_address_is_shown_as_one_that_can_be_asked(host: str, shown: str) -> None:
+    with listen(host, 0) as listener:
+        port = listener.getsockname()[1]
+        assert listening_url(listener, "https") == f"https://{shown}:{port}"

@@ -100,6 +100,7 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
         ([], {}, "- port", ["options.yaml", "option: value"]),
         ([], {}, "a: [", ["options.yaml", "not YAML"]),
         (["--config", "/nowhere.yaml"], {}, None, ["/nowhere.yaml", "No such file"]),
+        (["--config", "/bin/true"], {}, None, ["/bin/true", "not UTF-8"]),
         (["--prot", "7"], {}, "", ["--prot"]),
         (["--po", "7"], {}, "", ["--po"]),
         (["one", "two"], {}, "", ["two"]),
