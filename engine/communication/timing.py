@@ -60,7 +60,7 @@ class HostTimer:
         return self._histograms.take_deltas()
 
 
-class CudaTimer:
+class CudaTimer:  # pragma: cuda
     """Times collectives by events in the current stream, which are read later: nothing here waits for the device.
 
     Collectives inside a CUDA graph's capture are not timed.
