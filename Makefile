@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test test-slow coverage lint types format clean
+.PHONY: install serve test test-slow coverage mutation lint types format clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,18 @@ coverage: install
 	$(VENV)/bin/coverage run -m pytest; status=$$?; \
 	$(VENV)/bin/coverage combine --quiet && $(VENV)/bin/python -m tests.coverage_report && exit $$status
 
+# Small changes to the scheduler and the block bookkeeping, each of which some test should notice. CI=1 makes hypothesis
+# draw the same examples for all. `mutmut show NAME` shows a survivor.
+mutation: export CI := 1
+mutation: install
+	$(VENV)/bin/python -m pip install --quiet --editable '.[mutation]'
+	rm -rf mutants
+	$(VENV)/bin/mutmut run
+	$(VENV)/bin/mutmut results
+	$(VENV)/bin/mutmut export-cicd-stats
+	@$(VENV)/bin/python -c 'import json; n = json.load(open("mutants/mutmut-cicd-stats.json")); \
+		print("{:.1%} of {} mutants were noticed".format((n["killed"] + n["timeout"]) / n["total"], n["total"]))'
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -44,4 +56,4 @@ format: install
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants

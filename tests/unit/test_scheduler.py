@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.protocol.messages import FinishReason, PromptLogprobs, Request
+from engine.sampling.row import SamplingRow
 from tests.unit.scheduler_support import (
     EPOCH,
     VOCABULARY,
@@ -121,6 +122,22 @@ def test_a_step_carries_its_number_and_the_epoch() -> None:
     assert [(step.epoch, step.step) for step in runner.steps] == [(EPOCH, i) for i in range(8)]
 
 
+def test_rows_are_sampled_with_their_own_parameters_and_tokens() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=6)
+    first, chunked = make_request("first", [1, 2]), make_request("chunked", [3] * 9)
+    scheduler.add(first)
+    scheduler.add(chunked)
+    runner = Runner(scheduler)
+    runner.advance()
+    step = scheduler.schedule()
+    assert step is not None
+    tokens = runner.tokens("first")
+    assert scheduler.sampling_rows(step) == [
+        SamplingRow(first.sampling, [1, 2, *tokens], 2),
+        SamplingRow(chunked.sampling, [3] * 9, 9),
+    ]
+
+
 def test_without_work_there_is_no_step() -> None:
     scheduler = make_scheduler()
     assert not scheduler.has_work
@@ -136,13 +153,16 @@ def test_a_sequence_is_admitted_to_the_last_token_of_the_budget_and_the_last_sea
     assert [(row.request_id, row.num_scheduled_tokens) for row in step.rows] == [("0", 3), ("1", 1)]
 
 
-def test_a_sequence_is_admitted_only_if_each_running_one_can_grow_by_a_block() -> None:
-    scheduler = make_scheduler(num_kv_blocks=4, max_model_len=16)
+@pytest.mark.parametrize(("num_kv_blocks", "admitted"), [(4, ["0", "1"]), (5, ["0", "1", "2"])])
+def test_a_sequence_is_admitted_only_if_each_running_one_can_grow_by_a_block(
+    num_kv_blocks: int, admitted: list[str]
+) -> None:
+    scheduler = make_scheduler(num_kv_blocks=num_kv_blocks, max_model_len=16)
     for i in range(3):
         scheduler.add(make_request(str(i), [i] * 3))
     step = scheduler.schedule()
     assert step is not None
-    assert [row.request_id for row in step.rows] == ["0", "1"]  # "2" needs a block and two to spare; two are free
+    assert [row.request_id for row in step.rows] == admitted  # "2" needs a block, and two to spare
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_running_sequences() -> None:

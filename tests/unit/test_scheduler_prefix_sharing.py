@@ -52,10 +52,11 @@ def test_a_repeated_prompt_is_found_after_its_sequence_has_gone() -> None:
     assert runner.tokens("1") == runner.tokens("0")
 
 
-def test_the_last_prompt_token_is_computed_although_its_block_is_cached() -> None:
+@pytest.mark.parametrize(("length", "found"), [(7, 4), (8, 4), (9, 8)])
+def test_the_last_prompt_token_is_computed_although_its_block_is_cached(length: int, found: int) -> None:
     runner = Runner(make_scheduler())
-    assert run(runner, PROMPT[:8], PROMPT[:8]) == [0, 4]
-    assert next(row.num_scheduled_tokens for row in runner.rows("1")) == 4
+    assert run(runner, PROMPT[:length], PROMPT[:length]) == [0, found]
+    assert next(row.num_scheduled_tokens for row in runner.rows("1")) == length - found
 
 
 @pytest.mark.parametrize(("one_step_late", "found"), [(False, 40), (True, 36)])  # late: the last is not known in time
@@ -118,14 +119,17 @@ def test_positions_whose_logprobs_are_wanted_are_computed_although_they_are_cach
     assert runner.prompt_logprobs("wants") == lone_prompt_logprobs(wants)
 
 
-def test_logprobs_that_were_delivered_before_a_preemption_do_not_keep_it_from_the_cache() -> None:
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+def test_logprobs_that_were_delivered_before_a_preemption_do_not_keep_it_from_the_cache(
+    prompt_logprobs: int | None,
+) -> None:
     scheduler = make_scheduler(num_kv_blocks=8, max_model_len=32)
-    young = make_request("young", [2] * 12, max_tokens=9, prompt_logprobs=1)
+    young = make_request("young", [2] * 6, max_tokens=9, prompt_logprobs=prompt_logprobs)
     scheduler.add(make_request("old", [1] * 14, max_tokens=9))
     scheduler.add(young)
     runner = Runner(scheduler)
     runner.run()
-    assert [row.num_computed_tokens > 0 for row in runner.rows("young") if row.is_new] == [False, True]
+    assert [row.num_computed_tokens for row in runner.rows("young") if row.is_new] == [0, 8]
     assert runner.prompt_logprobs("young") == lone_prompt_logprobs(young)
 
 
