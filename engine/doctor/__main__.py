@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -17,8 +18,8 @@ from engine.protocol.config import RankSpec
 def main(spec_path: Path) -> None:
     """Run every check."""
     logging.basicConfig(level=logging.ERROR)  # what is worth a warning is a check
-    threading.Thread(target=_end_with_standard_input, daemon=True).start()
     spec = msgspec.json.decode(spec_path.read_bytes(), type=RankSpec)
+    threading.Thread(target=_end_with_standard_input, args=(spec.run_dir,), daemon=True).start()
     subject = Subject(spec, spec_path)
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0) as events:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries' words are no events
@@ -32,10 +33,11 @@ def main(spec_path: Path) -> None:
             run_checks(section.checks(subject), emit)
 
 
-def _end_with_standard_input() -> None:
+def _end_with_standard_input(run_dir: str) -> None:
     """End when the process that started this one has closed the pipe, or is gone; the kernel then ends the ranks."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    shutil.rmtree(run_dir, ignore_errors=True)
     os._exit(1)
 
 

@@ -83,12 +83,15 @@ def _files(subject: Subject) -> Finding:
         raise MissingBasisError("a model directory")
     with WeightFiles(directory):
         paths = weight_files(directory)
+    subject.are_files_whole = True
     total = sum(path.stat().st_size for path in paths)
     return ok(f"{len(paths)} whole safetensors file(s), {format_bytes(total)}")
 
 
 def _tensors(subject: Subject) -> Finding:
     model = _whole_model(subject)
+    if not subject.are_files_whole:
+        raise MissingBasisError("whole weight files")
     problems = list(islice(header_problems(model, Path(subject.engine.model)), SHOWN_PROBLEMS + 1))
     if problems:
         more = ["…"] if len(problems) > SHOWN_PROBLEMS else []

@@ -17,7 +17,8 @@ class Subject:
     spec_path: Path
     model: ModelConfig | None = None  # once config.json was found to be usable
     is_split: bool = False  # once the model was found to split over the ranks
-    are_weights_whole: bool = False  # once every tensor was found
+    are_files_whole: bool = False  # once the weight files could be opened
+    are_weights_whole: bool = False  # once every tensor was found in them
     reports: list[RankReport] = field(default_factory=list)  # of the ranks, once they have run
 
     @property

@@ -143,7 +143,7 @@ class TableReport(Report):
 
     def close(self) -> None:
         """Write the sums and the verdict."""
-        counts = [f"{self.count(status)} {status.value}" for status in CheckStatus if self.count(status)]
+        counts = [_counted(self.count(status), status) for status in CheckStatus if self.count(status)]
         dot = " · " if self._is_unicode else ", "
         total = sum(self._counts.values())
         failures = self.count(CheckStatus.FAILURE)
@@ -157,6 +157,11 @@ class TableReport(Report):
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
+
+
+def _counted(number: int, status: CheckStatus) -> str:
+    plural = "s" if number > 1 and status in (CheckStatus.WARNING, CheckStatus.FAILURE) else ""
+    return f"{number} {status.value}{plural}"
 
 
 def has_colours(environment: Mapping[str, str]) -> bool:

@@ -110,6 +110,7 @@ def test_a_truncated_file_fails(directory: Path) -> None:
     results = examined(directory)
     assert results["weight files"].status is FAILURE
     assert "was it downloaded completely?" in results["weight files"].detail
+    assert results["tensors"].detail == "not without whole weight files"
 
 
 def test_several_wrong_tensors_are_told_at_once(directory: Path) -> None:
