@@ -86,10 +86,10 @@ def _speed_limit(subject: Subject) -> Finding:
     reports = subject.all_reports()
     reading = max(report.capacity.bytes_per_token / report.capacity.read_bandwidth for report in reports)
     read = format_bytes(max(report.capacity.bytes_per_token for report in reports))
-    found = f"{format_count(1 / reading)} tokens/s of one request at most, reading {read} of weights on each rank"
+    found = f"at most {format_count(1 / reading)} tokens/s for one request: each reads {read} of weights on every rank"
     if subject.tp_size == 1:
         return ok(found)
     waits = 2 * subject.usable_model().num_hidden_layers + 1
     latency = statistics.median(seconds for report in reports for seconds in report.all_reduce_seconds[SMALL])
     both = format_count(1 / (reading + waits * latency))
-    return ok(f"{found}; {both} with {waits} all-reduces of {format_seconds(latency)}")
+    return ok(f"{found}; at most {both} with the {waits} all-reduces of a token, {format_seconds(latency)} each")
