@@ -21,11 +21,17 @@ def on_stop_signal(action: Callable[[], object]) -> None:
     """Call `action` at the first SIGTERM or SIGINT, and ignore those that follow."""
 
     def handle(_: int, __: FrameType | None) -> None:
-        ignore_stop_signals()
+        # Not SIG_IGN yet: Python writes an error for a signal that has arrived and that nobody handles any more.
+        for number in STOP_SIGNALS:
+            signal.signal(number, _do_nothing)
         action()
 
     for number in STOP_SIGNALS:
         signal.signal(number, handle)
+
+
+def _do_nothing(_: int, __: FrameType | None) -> None:
+    pass
 
 
 def ignore_stop_signals() -> None:
@@ -55,4 +61,4 @@ def unwind() -> NoReturn:
 
 def are_stop_signals_ignored() -> bool:
     """Return whether the first one has come."""
-    return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    return signal.getsignal(signal.SIGTERM) in (_do_nothing, signal.SIG_IGN)
