@@ -40,6 +40,17 @@ def test_a_completion_has_openais_shape(server: RunningServer) -> None:
     }
 
 
+def test_usage_counts_a_prompt_once_and_each_choices_tokens(server: RunningServer) -> None:
+    fields = {"prompt": [[5] * 10, [6] * 4], "n": 3, "max_tokens": 7, "ignore_eos": True}
+    usage = post(server, COMPLETIONS, fields).json()["usage"]
+    assert usage == {
+        "prompt_tokens": 14,
+        "completion_tokens": 42,
+        "total_tokens": 56,
+        "prompt_tokens_details": {"cached_tokens": 7},
+    }
+
+
 def test_a_chat_completion_has_openais_shape(server: RunningServer) -> None:
     answer = post(server, CHAT, {"messages": MESSAGES, "max_tokens": 50}).json()
     assert answer.pop("id").startswith("chatcmpl-")

@@ -172,6 +172,12 @@ def test_a_prompt_is_scored_once_for_all_its_choices(server: RunningServer) -> N
     ]
 
 
+def test_text_and_prompt_have_each_as_many_likeliest_tokens_as_were_asked_for(server: RunningServer) -> None:
+    choice = completion(server, prompt="lazy dog", echo=True, logprobs=1, prompt_logprobs=3, ignore_eos=True)
+    assert all(len(top) <= 2 for top in choice["logprobs"]["top_logprobs"][1:])
+    assert all(len(position) == 4 for position in choice["prompt_logprobs"][1:])
+
+
 def test_each_choice_has_its_own_echo(server: RunningServer) -> None:
     answer = post(server, COMPLETIONS, {"prompt": "lazy", "n": 2, "echo": True, "logprobs": 0}).json()
     for index, choice in enumerate(answer["choices"]):

@@ -1,5 +1,6 @@
 """A choice's text and entries: one token a time or many at once, streamed or whole, they are the same."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -23,9 +24,12 @@ EOS_ID = token_of(EOS)
 A, B, SPACE = token_of("a"), token_of("b"), token_of("Ġ")
 E_ACUTE = [token_of("Ã"), token_of("©")]
 EURO_BEGIN = token_of("â")  # a third of €, that never goes on
-IDS = [A, B, SPACE, *E_ACUTE, EURO_BEGIN, EOS_ID]
+B_AND_HALF_E_ACUTE = TOKENIZER.get_vocab_size()  # is added to the vocabulary
+IDS = [A, B, SPACE, *E_ACUTE, EURO_BEGIN, B_AND_HALF_E_ACUTE, EOS_ID]
 TOKENS = st.lists(st.sampled_from(IDS), min_size=1, max_size=24)
-CHARACTERS = st.lists(st.sampled_from([[A], [B], [SPACE], E_ACUTE, [EOS_ID]]), min_size=1, max_size=16)
+CHARACTERS = st.lists(
+    st.sampled_from([[A], [B], [SPACE], E_ACUTE, [B_AND_HALF_E_ACUTE, E_ACUTE[1]], [EOS_ID]]), min_size=1, max_size=16
+)
 STOPS = st.lists(st.text("ab é", min_size=1, max_size=3), max_size=3).map(tuple)
 OPTIONS = st.builds(
     TextOptions,
@@ -44,7 +48,9 @@ CUTS = st.lists(st.integers(0, 24), max_size=8)
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
-    TOKENIZER.save(str(directory / "tokenizer.json"))
+    file = json.loads(TOKENIZER.to_str())
+    file["model"]["vocab"]["bÃ"] = B_AND_HALF_E_ACUTE
+    (directory / "tokenizer.json").write_text(json.dumps(file))
     return Tokenizer(directory)
 
 
@@ -185,6 +191,19 @@ def test_no_stop_string_is_looked_for_in_the_first_min_tokens(tokenizer: Tokeniz
     options = TextOptions(stop=("a", "ba"), min_tokens=2)
     answer = joined(stream(choice_of(tokenizer, options, [5]), outputs_of(tokens, FinishReason.LENGTH, [], [5])))
     assert (answer.text, answer.stop_reason) == ("ab", "a")
+
+
+def test_nor_in_what_the_last_of_them_leaves_incomplete(tokenizer: Tokenizer) -> None:
+    outputs = outputs_of([A, EURO_BEGIN], FinishReason.LENGTH, [], [5])
+    answer = joined(stream(choice_of(tokenizer, TextOptions(stop=("\ufffd",), min_tokens=2), [5]), outputs))
+    assert (answer.text, answer.finish_reason) == ("a\ufffd", "length")
+
+
+def test_a_token_whose_text_the_stop_string_cuts_keeps_its_entry(tokenizer: Tokenizer) -> None:
+    choice = choice_of(tokenizer, TextOptions(stop=("ab",), include_stop=True, logprobs=True), [5])
+    outputs = outputs_of([A, B_AND_HALF_E_ACUTE, E_ACUTE[1]], FinishReason.LENGTH, [], [5])
+    answer = joined(stream(choice, outputs))
+    assert (answer.text, [entry.token_id for entry in answer.entries]) == ("ab", [A, B_AND_HALF_E_ACUTE])
 
 
 def test_only_a_stop_token_of_the_requests_own_is_a_stop_reason(tokenizer: Tokenizer) -> None:
