@@ -1,11 +1,13 @@
 """Log-probabilities and what is built on them, before a scripted engine: shapes, streams, echo, scoring, best_of."""
 
 import json
+import math
 from typing import Any
 
 import openai
 import pytest
 
+from engine.protocol.messages import TokenLogprobs
 from server.api.logprobs import LogprobFormat
 from server.transcript import LogprobEntry
 from tests.unit.server_support import (
@@ -17,7 +19,6 @@ from tests.unit.server_support import (
     RunningServer,
     events,
     post,
-    scripted_logprobs,
 )
 
 TEXT = "the café dog"
@@ -80,11 +81,16 @@ def test_bytes_that_are_no_text_are_written_as_openai_does(server: RunningServer
 
 
 def test_minus_infinity_becomes_the_least_number() -> None:
-    entry = scripted_logprobs(5, 0)
-    excluded = type(entry)(5, -float("inf"), 9, [6], [-float("inf")])
+    excluded = TokenLogprobs(5, -math.inf, 9, [6], [-math.inf])
     shown = LogprobFormat({5: b"a", 6: b"b"}, 1).completion([LogprobEntry(5, excluded, 0)])
     assert shown["token_logprobs"] == [-9999.0]
     assert shown["top_logprobs"] == [{"b": -9999.0, "a": -9999.0}]
+
+
+def test_of_tokens_that_are_written_alike_the_likelier_is_shown() -> None:
+    found = TokenLogprobs(7, -3.0, 9, [5, 6], [-1.0, -2.0])
+    shown = LogprobFormat({5: b"a", 6: b"a", 7: b"a"}, 2).completion([LogprobEntry(7, found, 0)])
+    assert (shown["token_logprobs"], shown["top_logprobs"]) == ([-3.0], [{"a": -1.0}])
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
