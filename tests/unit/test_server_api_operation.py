@@ -164,7 +164,7 @@ def test_whole_latencies_are_those_of_sequences_that_came_to_their_end(server: R
 
 def test_latencies_include_what_comes_before_the_engine(tmp_path: Path) -> None:
     model = write_model(tmp_path)
-    loops = "{% for _ in range(99999) %}{% for _ in range(30) %}{% endfor %}{% endfor %}hello"
+    loops = "{% for _ in range(30000) %}{% for _ in range(30) %}{% endfor %}{% endfor %}hello"
     (model / "chat_template.jinja").write_text(loops)
     with running_server(model) as server:
         begin = time.perf_counter()
@@ -172,7 +172,7 @@ def test_latencies_include_what_comes_before_the_engine(tmp_path: Path) -> None:
         slow = time.perf_counter() - begin
         post(server, CHAT, {"messages": MESSAGES}).raise_for_status()
         first, whole = (metric(server, f"{name}_sum") for name in ("time_to_first_token_seconds", LATENCY))
-    assert slow > 0.1
+    assert slow > 0.05
     assert first is not None
     assert whole is not None
     assert whole >= first > slow / 3
