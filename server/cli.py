@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
+from engine.protocol.open_files import check_open_files, raise_open_files_limit
 from server.config import ServerConfig
 from server.credentials import Credentials
 from server.launch import EngineProcess
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         namespace = _parser().parse_args(arguments)
         engine, server = configure(namespace, os.environ)
+        raise_open_files_limit()
         code: int = namespace.run(engine, server, namespace)
         return code
     except ValueError as error:
@@ -144,6 +146,7 @@ def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> 
 def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) -> int:
     """Check what is cheap to check, start the engine, and import and build the server while it loads."""
     configure_logging(server.log_level)
+    check_open_files()
     credentials = Credentials.load(server)
     with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
         model_config = ModelConfig.from_directory(engine.model)

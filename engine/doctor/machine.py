@@ -8,8 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from engine.protocol.checks import Check, Finding, failure, ok, warning
+from engine.protocol.checks import Check, Finding, ok, warning
 from engine.protocol.config import EngineConfig
+from engine.protocol.open_files import check_open_files
 from engine.protocol.units import format_bytes, format_seconds
 from engine.worker import host
 
@@ -115,12 +116,15 @@ def shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
 
 
 def open_files(max_num_seqs: int) -> Finding:
-    """Compare the limit of open files with connections: each takes one."""
+    """Compare the limit of open files with connections: each takes one.
+
+    Raises:
+        ValueError: when a service could not even start.
+    """
+    check_open_files()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = _or_unlimited(soft) - FILES_OF_ITS_OWN
     found = f"{_limit(soft)} (hard limit {_limit(hard)})"
-    if room <= 0:
-        return failure(f"{found}: too few even to start", "raise it: ulimit -n, LimitNOFILE or --ulimit nofile")
     if room < 4 * max_num_seqs:
         return warning(
             f"{found}: room for some {room} connections, with {max_num_seqs} sequences running at once",

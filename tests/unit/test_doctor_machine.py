@@ -111,10 +111,8 @@ def test_shared_memory_is_written_and_mapped(tmp_path: Path) -> None:
     assert f"{tmp_path / 'absent'} cannot be used: No such file or directory" in found.detail
 
 
-@pytest.mark.parametrize(
-    ("soft", "status"), [(20, "failure"), (25, "failure"), (26, "warning"), (280, "warning"), (281, "ok")]
-)
-def test_few_open_files_are_warned_of_and_too_few_are_a_failure(soft: int, status: str) -> None:
+@pytest.mark.parametrize(("soft", "status"), [(64, "warning"), (280, "warning"), (281, "ok")])
+def test_few_open_files_are_warned_of(soft: int, status: str) -> None:
     assert status_with_limit("RLIMIT_NOFILE", soft, "open_files(64)") == status
 
 
