@@ -77,7 +77,7 @@ def call_often(
 def test_answers_to_bodies_are_those_that_the_schema_announces(
     schema: schemathesis.BaseSchema, path: str, mode: GenerationMode, tell: Callable[[str], None]
 ) -> None:
-    call_often(schema[path]["POST"], mode, 25, tell)
+    call_often(schema[path]["POST"], mode, 80, tell)
 
 
 @pytest.mark.parametrize("path", GETS)
