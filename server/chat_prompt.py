@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from server.chat_template import ChatTemplate, ChatTemplateError
 from server.errors import APIError
 from server.service import LONG_TEXT, Service
+from server.text.chat_template import ChatTemplate, ChatTemplateError
 
 MESSAGE_LENGTH = 100  # characters of text that take as long as a message's own turn in a template
 

@@ -7,10 +7,10 @@ from typing import Literal
 import msgspec
 
 from engine.protocol.messages import FinishReason, Request, TokenLogprobs, TokenOutput
-from server.detokenizer import Detokenizer
 from server.errors import engine_failed
-from server.stop_strings import StopStrings
-from server.token_bytes import TokenBytes
+from server.text.detokenizer import Detokenizer
+from server.text.stop_strings import StopStrings
+from server.text.token_bytes import TokenBytes
 from server.transcript import LogprobEntry, Transcript
 
 Reason = Literal["stop", "length"]

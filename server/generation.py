@@ -10,7 +10,7 @@ from engine.protocol.messages import Request, SamplingParams, TokenLogprobs, Tok
 from server.choice import Choice, Delta, Reason, TextOptions
 from server.engine_client import EngineClient
 from server.errors import APIError
-from server.token_bytes import TokenBytes
+from server.text.token_bytes import TokenBytes
 from server.transcript import LogprobEntry
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from server.limits import INT64, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
+from server.text.chat_template import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
-
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from server.api.checks import check_limits, check_prompts, check_vocabulary
 from server.api.logprobs import LogprobFormat
 from server.api.requests import GenerationRequest
 from server.api.responses import PromptLogprobs
-from server.chat_template import ChatTemplate
 from server.choice import TextOptions
 from server.config import ServerConfig
 from server.engine_client import EngineClient
@@ -26,9 +25,10 @@ from server.limits import RequestLimits
 from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
+from server.text.chat_template import ChatTemplate
+from server.text.token_bytes import TokenBytes
+from server.text.tokenizer import Tokenizer
 from server.threads import in_daemon_thread
-from server.token_bytes import TokenBytes
-from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

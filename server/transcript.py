@@ -5,8 +5,8 @@ from collections import deque
 import msgspec
 
 from engine.protocol.messages import TokenLogprobs
-from server.detokenizer import Detokenizer
-from server.stop_strings import StopStrings
+from server.text.detokenizer import Detokenizer
+from server.text.stop_strings import StopStrings
 
 
 class LogprobEntry(msgspec.Struct, frozen=True):

@@ -8,12 +8,12 @@ from engine.protocol.checks import Check, Finding, MissingBasisError, ok, skippe
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.units import format_count
-from server.chat_template import ChatTemplate, ChatTemplateError
 from server.config import ServerConfig
 from server.credentials import Credentials
 from server.listener import listen
 from server.model_files import ModelFiles
-from server.tokenizer import Tokenizer
+from server.text.chat_template import ChatTemplate, ChatTemplateError
+from server.text.tokenizer import Tokenizer
 
 SECTION = "service"
 SAMPLE = "def f(x):\n    return x + 1  # größer, 42\n"

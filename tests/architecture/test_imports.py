@@ -56,6 +56,10 @@ def test_the_server_knows_only_the_engines_protocol() -> None:
     assert offenders("server", ("engine",), allowed=("engine.protocol",)) == []
 
 
+def test_the_text_side_knows_neither_http_nor_the_engine() -> None:
+    assert offenders("server.text", ("server", "engine", "fastapi", "starlette"), allowed=("server.text",)) == []
+
+
 def test_the_engine_does_not_know_the_server() -> None:
     assert offenders("engine", ("server", "fastapi", "starlette", "uvicorn", "tokenizers")) == [
         "engine/embedded/train.py imports tokenizers"  # the script that made the embedded model

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.protocol.messages import GroupState, GroupStatus, HistogramDelta, RankStats, SchedulerStats, StatsReport
 from engine.protocol.stats import TIME_BUCKETS
-from server.chat_template import ChatTemplate
+from server.text.chat_template import ChatTemplate
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,

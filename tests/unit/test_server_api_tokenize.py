@@ -116,7 +116,7 @@ def test_others_are_answered_while_a_long_conversation_is_rendered(
 def test_a_template_that_does_not_end_is_the_conversations_error(
     slow_template_server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.chat_template.MAX_RENDER_SECONDS", 0.01)
+    monkeypatch.setattr("server.text.chat_template.MAX_RENDER_SECONDS", 0.01)
     found = error(post(slow_template_server, TOKENIZE, {"messages": MESSAGES}))
     assert found["param"] == "messages"
     assert "not done after" in found["message"]

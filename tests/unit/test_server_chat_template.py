@@ -4,8 +4,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.chat_template import ChatTemplate, ChatTemplateError
 from server.model_files import ModelFiles
+from server.text.chat_template import ChatTemplate, ChatTemplateError
 from tests.tokenizers import FAMILIES, Family
 
 MESSAGES = [{"role": "system", "content": "be <kind>"}, {"role": "user", "content": "hi\n  there"}]

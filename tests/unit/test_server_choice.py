@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.protocol.messages import FinishReason, Request, SamplingParams, TokenOutput
 from server.choice import Choice, Delta, TextOptions
 from server.errors import APIError
-from server.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer
 from tests.unit.server_support import EOS, TOKENIZER, scripted_logprobs
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 from tokenizers import decoders
 
-from server.detokenizer import Detokenizer
-from server.token_bytes import TokenBytes
-from server.tokenizer import Tokenizer
+from server.text.detokenizer import Detokenizer
+from server.text.token_bytes import TokenBytes
+from server.text.tokenizer import Tokenizer
 from tests.tokenizers import FAMILIES
 from tests.unit.server_support import BOS, EOS, byte_fallback_tokenizer, byte_level_tokenizer
 

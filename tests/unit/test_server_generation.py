@@ -11,7 +11,7 @@ from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Generation, GenerationPlan
 from server.metrics import Metrics
-from server.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer
 from tests.unit.server_support import byte_level_tokenizer, ready_status
 
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.detokenizer import Detokenizer
-from server.stop_strings import StopStrings
-from server.tokenizer import Tokenizer
+from server.text.detokenizer import Detokenizer
+from server.text.stop_strings import StopStrings
+from server.text.tokenizer import Tokenizer
 from tests.tokenizers import FAMILIES
 
 FEW, MORE = "aé", "ab\né🙂"  # of few letters, many stop strings begin more than once

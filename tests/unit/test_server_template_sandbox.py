@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from server.chat_template import ChatTemplate, ChatTemplateError
-from server.template_sandbox import MAX_LENGTH
+from server.text.chat_template import ChatTemplate, ChatTemplateError
+from server.text.template_sandbox import MAX_LENGTH
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -67,7 +67,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.chat_template.MAX_RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("server.text.chat_template.MAX_RENDER_SECONDS", 0.2)
     begin = time.perf_counter()
     with pytest.raises(ChatTemplateError, match="not done after"):
         ChatTemplate(source + "{{ many }}", {}).render(MESSAGES, kwargs={"many": list(range(5000))})

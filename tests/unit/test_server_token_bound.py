@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
-from server.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer
 from tests.tokenizers import FAMILIES, llama_2, qwen_3
 from tests.unit.server_support import BOS, byte_level_tokenizer
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 from transformers import PreTrainedTokenizerFast
 
-from server.tokenizer import Tokenizer
+from server.text.tokenizer import Tokenizer
 from tests.tokenizers import CORPUS, FAMILIES
 from tests.unit.server_support import BOS, byte_level_tokenizer
 

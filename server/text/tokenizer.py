@@ -6,10 +6,10 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
-from server.detokenizer import Detokenizer
-from server.token_bound import TokenBound
-from server.token_bytes import TokenBytes
-from server.tokenizer_file import TokenizerFile
+from server.text.detokenizer import Detokenizer
+from server.text.token_bound import TokenBound
+from server.text.token_bytes import TokenBytes
+from server.text.tokenizer_file import TokenizerFile
 
 
 class Tokenizer:

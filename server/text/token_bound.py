@@ -11,8 +11,8 @@ What a tokenizer certainly keeps of any text, divided by the most that one token
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from server.token_bytes import byte_level_alphabet
-from server.tokenizer_file import TokenizerFile
+from server.text.token_bytes import byte_level_alphabet
+from server.text.tokenizer_file import TokenizerFile
 
 _Measure = Callable[[str], int]
 

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.meta import find_undeclared_variables
 
-from server.model_files import SPECIAL_TOKENS
-from server.template_sandbox import DEADLINE, MAX_RENDER_SECONDS, TemplateSandbox
+from server.text.template_sandbox import DEADLINE, MAX_RENDER_SECONDS, TemplateSandbox
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", *SPECIAL_TOKENS)
 
 # Written after the final message's text, to find that text in the prompt.

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from server.token_bytes import TokenBytes
+from server.text.token_bytes import TokenBytes
 
 LONGEST_CHARACTER = 4  # bytes in UTF-8
 
