@@ -1,5 +1,7 @@
 """The scheduler against ranks that keep tokens in the KV slots, so that every paging mistake changes an output."""
 
+from itertools import cycle
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,9 +42,18 @@ def drawn_requests(draw: st.DrawFn) -> list[Request]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn_requests(), st.integers(1, 20), st.integers(1, 6), st.integers(8, 24), st.booleans(), st.booleans())
+@given(
+    drawn_requests(),
+    st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    st.integers(1, 20),
+    st.integers(1, 6),
+    st.integers(8, 24),
+    st.booleans(),
+    st.booleans(),
+)
 def test_every_request_gets_what_it_would_get_alone(
     requests: list[Request],
+    pauses: list[int],
     budget: int,
     max_num_seqs: int,
     num_kv_blocks: int,
@@ -56,9 +67,11 @@ def test_every_request_gets_what_it_would_get_alone(
         max_num_batched_tokens=budget,
         enable_prefix_caching=enable_prefix_caching,
     )
-    for request in requests:
-        scheduler.add(request)
     runner = Runner(scheduler, one_step_late)
+    for request, num_steps in zip(requests, cycle(pauses), strict=False):
+        scheduler.add(request)
+        for _ in range(num_steps):
+            runner.advance()
     runner.run()
     for request in requests:
         expected = lone_output(request, 32)
