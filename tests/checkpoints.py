@@ -1,4 +1,4 @@
-"""Random Llama checkpoints: real Hugging Face directories, written by transformers."""
+"""Random checkpoints of each architecture: real Hugging Face directories, written by transformers."""
 
 import math
 import random
@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 # (query heads, KV heads): between them every kind of sharing, and every tensor-parallel size up to 4.
 HEADS = ((12, 4), (4, 2), (6, 3), (4, 1), (12, 12), (8, 2), (6, 1), (3, 3))
@@ -25,8 +33,27 @@ def random_llama(directory: Path, seed: int, **overrides: Any) -> Path:
         seed: of shape and weights.
         overrides: fields of LlamaConfig that are not to be drawn.
     """
-    config = LlamaConfig(**{**_draw_shape(seed), **overrides})
-    model = LlamaForCausalLM(config)
+    return _write(LlamaForCausalLM(LlamaConfig(**{**_draw_shape(seed), **overrides})), directory, seed)
+
+
+def random_mistral(directory: Path, seed: int, **overrides: Any) -> Path:
+    """Write a Mistral as `random_llama` writes a Llama, without a sliding window and without biases.
+
+    `attention_bias` and `mlp_bias` are in its `config.json`, where Mistral has no use for them.
+    """
+    shape = {**_draw_shape(seed), "sliding_window": None}
+    return _write(MistralForCausalLM(MistralConfig(**{**shape, **overrides})), directory, seed)
+
+
+def random_qwen2(directory: Path, seed: int, **overrides: Any) -> Path:
+    """Write a Qwen2 as `random_llama` writes a Llama, with biases of q, k and v.
+
+    `attention_bias` and `mlp_bias` are in its `config.json`, where Qwen2 has no use for them.
+    """
+    return _write(Qwen2ForCausalLM(Qwen2Config(**{**_draw_shape(seed), **overrides})), directory, seed)
+
+
+def _write(model: PreTrainedModel, directory: Path, seed: int) -> Path:
     _draw_weights(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(directory)
     return directory
@@ -68,7 +95,7 @@ def _draw_rope(seed: int) -> dict[str, Any]:
     return (llama3, default, linear)[seed % 3]
 
 
-def _draw_weights(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Draw weights of a scale at which each layer changes the residual stream more than the token before did."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 # A first difference is allowed only where the reference's two best logits lie closer than this share of the largest.
 NEAR_TIE = 1e-3
@@ -22,7 +22,7 @@ class Reference:
     """A checkpoint as transformers loads it."""
 
     def __init__(self, directory: Path) -> None:
-        self._model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         self._model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
     @torch.inference_mode()

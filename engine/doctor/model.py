@@ -73,7 +73,9 @@ def _context(subject: Subject) -> Finding:
     rope = config.rope.rope_type
     stretched = "" if rope == "default" else f", positions stretched by {rope} x{config.rope.factor:g}"
     limit = "" if asked is None else f"; --max-model-len {asked}"
-    return ok(f"{config.max_position_embeddings} tokens{stretched}{limit}")
+    longest, positions = config.longest_context, config.max_position_embeddings
+    window = "" if longest == positions else f", one sliding window of its {positions} positions"
+    return ok(f"{longest} tokens{window}{stretched}{limit}")
 
 
 def _files(subject: Subject) -> Finding:

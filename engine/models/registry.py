@@ -6,7 +6,12 @@ from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
 from engine.protocol.model_config import ModelConfig
 
-MODEL_CLASSES = {"LlamaForCausalLM": LlamaForCausalLM}  # one for each of model_config.ARCHITECTURES
+# One for each of model_config.ARCHITECTURES. What Mistral and Qwen2 do differently is in their ModelConfig.
+MODEL_CLASSES = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": LlamaForCausalLM,
+}
 
 
 def build_model(

@@ -84,7 +84,7 @@ class Handshake:
         """
         num_kv_blocks = min(ready.num_kv_blocks for ready in self._readies.values())
         capacity = num_kv_blocks * self._engine.block_size
-        longest = self._config.max_position_embeddings
+        longest = self._config.longest_context
         asked = self._engine.max_model_len
         if asked is not None and asked > capacity:
             raise ValueError(

@@ -54,7 +54,7 @@ class ParallelAttention(TensorParallelLayer):
                 ShardPart("v_proj", kv_size, kv_size, kv_shards),
             ],
             group,
-            bias=config.attention_bias,
+            bias=config.qkv_bias,
             device=device,
             dtype=dtype,
         )
@@ -62,7 +62,7 @@ class ParallelAttention(TensorParallelLayer):
             split_evenly(q_size, tp_size),
             config.hidden_size,
             group,
-            bias=config.attention_bias,
+            bias=config.o_bias,
             device=device,
             dtype=dtype,
         )

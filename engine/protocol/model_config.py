@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = ("LlamaForCausalLM",)  # that engine.models computes
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # that engine.models computes
+# What transformers takes where config.json leaves a field out.
+MAX_POSITIONS = {"LlamaForCausalLM": 2048, "MistralForCausalLM": 131072, "Qwen2ForCausalLM": 32768}
+MISTRAL_SLIDING_WINDOW = 4096
 # Rope types of `rope_scaling` / `rope_parameters` that the engine computes.
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,7 +31,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and switches of one Llama-family model."""
+    """Sizes and switches of one model."""
 
     architecture: str
     vocab_size: int
@@ -41,10 +44,17 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: RopeConfig
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
     dtype: str  # of the checkpoint: one of DTYPES
+    sliding_window: int | None = None  # how many tokens attention sees, if not all
+
+    @property
+    def longest_context(self) -> int:
+        """How many tokens are computed exactly: as many as there are positions, or as fit into one sliding window."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @classmethod
     def from_directory(cls, model: str | Path) -> "ModelConfig":
@@ -84,12 +94,11 @@ class ModelConfig:
         return max(1, self.num_key_value_heads // tp_size)
 
     def check_max_model_len(self, max_model_len: int | None) -> None:
-        """Raise ValueError if the model knows no positions that far; None is whatever it knows."""
-        longest = self.max_position_embeddings
+        """Raise ValueError if that is more than the model's longest context; None is whatever that is."""
+        longest = self.longest_context
         if max_model_len is not None and max_model_len > longest:
-            raise ValueError(
-                f"--max-model-len {max_model_len} is more than the model's max_position_embeddings, {longest}"
-            )
+            bound = "max_position_embeddings" if longest == self.max_position_embeddings else "sliding_window"
+            raise ValueError(f"--max-model-len {max_model_len} is more than the model's {bound}, {longest}")
 
     def _splits_over(self, tp_size: int) -> bool:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -140,7 +149,8 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
     kv_heads = get.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise get.error("num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads ({heads})")
-    max_positions = get.integer("max_position_embeddings", 2048)
+    max_positions = get.integer("max_position_embeddings", MAX_POSITIONS[architecture])
+    qkv_bias, o_bias, mlp_bias = _parse_biases(architecture, get)
     return ModelConfig(
         architecture=architecture,
         vocab_size=get.integer("vocab_size"),
@@ -153,10 +163,12 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=get.number("rms_norm_eps", 1e-6),
         rope=_parse_rope(raw, path, max_positions),
-        attention_bias=get.flag("attention_bias", False),
-        mlp_bias=get.flag("mlp_bias", False),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
         tie_word_embeddings=get.flag("tie_word_embeddings", False),
         dtype=_parse_dtype(raw, get),
+        sliding_window=_parse_sliding_window(architecture, raw, get),
     )
 
 
@@ -174,6 +186,23 @@ def _refuse_what_is_not_computed(raw: dict[str, Any], get: _Fields) -> None:
         raise get.error("hidden_act", f"is {raw['hidden_act']!r}; only silu is computed")
     if raw.get("quantization_config"):
         raise get.error("quantization_config", "is set; quantized checkpoints are not read")
+    if get.flag("use_sliding_window", False):
+        raise get.error("use_sliding_window", "is true; sliding windows are not computed")
+
+
+def _parse_biases(architecture: str, get: _Fields) -> tuple[bool, bool, bool]:
+    """Whether q, k and v, the attention's output, and the MLP have biases. Only Llama's config.json chooses."""
+    if architecture == "LlamaForCausalLM":
+        attention_bias = get.flag("attention_bias", False)
+        return attention_bias, attention_bias, get.flag("mlp_bias", False)
+    return architecture == "Qwen2ForCausalLM", False, False
+
+
+def _parse_sliding_window(architecture: str, raw: dict[str, Any], get: _Fields) -> int | None:
+    """Mistral's window; null is none. Qwen2 has one only with `use_sliding_window`, Llama never."""
+    if architecture != "MistralForCausalLM" or raw.get("sliding_window", MISTRAL_SLIDING_WINDOW) is None:
+        return None
+    return get.integer("sliding_window", MISTRAL_SLIDING_WINDOW)
 
 
 def _parse_head_dim(raw: dict[str, Any], get: _Fields, hidden_size: int, heads: int) -> int:

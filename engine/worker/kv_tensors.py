@@ -34,7 +34,7 @@ def num_blocks_that_fit(engine: EngineConfig, config: ModelConfig, *, bytes_per_
     if engine.kv_cache_memory is not None:
         fitting, source = engine.kv_cache_memory // bytes_per_block, "--kv-cache-memory"
     else:
-        context = engine.max_model_len or config.max_position_embeddings
+        context = engine.max_model_len or config.longest_context
         most = engine.max_num_seqs * -(-context // engine.block_size)
         fitting, source = min(free_memory // bytes_per_block, most), "free memory"
     if fitting < 1:

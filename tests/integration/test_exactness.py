@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.messages import Request, SamplingParams
 from engine.protocol.model_config import ModelConfig
-from tests.checkpoints import random_llama
+from tests.checkpoints import random_llama, random_mistral, random_qwen2
 from tests.engine_process import EngineProcess
 from tests.oracle import Comparison, Reference
 
@@ -45,7 +45,7 @@ def prompts(vocab_size: int) -> list[list[int]]:
 
 def publish(directory: Path) -> None:
     """Rewrite a checkpoint as published models have it: the older spelling of config.json, and several weight files."""
-    model = LlamaForCausalLM.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
     (directory / "model.safetensors").unlink()
     model.save_pretrained(directory, max_shard_size="40KB")
     path = directory / "config.json"
@@ -74,6 +74,22 @@ def test_greedy_tokens_are_those_of_transformers_for_a_checkpoint_as_published(
     publish(directory)
     assert len(list(directory.glob("*.safetensors"))) > 1
     tell(f"as published, seed {seed}, " + check_greedy_tokens(directory, Reference(directory), 2, device))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_greedy_tokens_of_a_qwen2_are_those_of_transformers(
+    tp_size: int, tmp_path: Path, device: str, tell: Tell
+) -> None:
+    directory = random_qwen2(tmp_path, 1)
+    tell("Qwen2, " + check_greedy_tokens(directory, Reference(directory), tp_size, device))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_greedy_tokens_of_a_mistral_are_those_of_transformers_within_its_window(
+    tp_size: int, tmp_path: Path, device: str, tell: Tell
+) -> None:
+    directory = random_mistral(tmp_path, 1, sliding_window=CONTEXT)
+    tell("Mistral, " + check_greedy_tokens(directory, Reference(directory), tp_size, device))
 
 
 def check_greedy_tokens(directory: Path, reference: Reference, tp_size: int, device: str) -> str:

@@ -83,7 +83,7 @@ def test_an_unknown_architecture_fails_before_any_rank_would_start(directory: Pa
     edit_config(directory, architectures=["NobodyForCausalLM"])
     result = examined(directory)["config.json"]
     assert result.status is FAILURE
-    assert "architectures names NobodyForCausalLM, which is not known; known: LlamaForCausalLM" in result.detail
+    assert "architectures names NobodyForCausalLM, which is not known; known: LlamaForCausalLM, " in result.detail
 
 
 def test_a_model_that_does_not_split_fails_with_the_numbers_that_do(directory: Path) -> None:
@@ -102,6 +102,14 @@ def test_a_context_that_the_model_does_not_know_fails(directory: Path) -> None:
     result = examined(directory, max_model_len=513)["context"]
     assert result.status is FAILURE
     assert "--max-model-len 513 is more than the model's max_position_embeddings, 512" in result.detail
+
+
+def test_a_context_that_a_sliding_window_bounds_is_told(directory: Path) -> None:
+    edit_config(directory, architectures=["MistralForCausalLM"], sliding_window=100)
+    assert examined(directory)["context"].detail.startswith("100 tokens, one sliding window of its 512 positions")
+    result = examined(directory, max_model_len=101)["context"]
+    assert result.status is FAILURE
+    assert "--max-model-len 101 is more than the model's sliding_window, 100" in result.detail
 
 
 def test_a_truncated_file_fails(directory: Path) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from engine.orchestrator.handshake import Handshake, HandshakeError
@@ -17,7 +19,8 @@ MODEL = ModelConfig(
     max_position_embeddings=128,
     rms_norm_eps=1e-5,
     rope=RopeConfig(),
-    attention_bias=False,
+    qkv_bias=False,
+    o_bias=False,
     mlp_bias=False,
     tie_word_embeddings=False,
     dtype="float32",
@@ -28,8 +31,8 @@ def engine_config(max_model_len: int | None = None) -> EngineConfig:
     return EngineConfig(model=str(EMBEDDED_MODEL), tensor_parallel_size=2, max_model_len=max_model_len)
 
 
-def handshake(engine: EngineConfig) -> Handshake:
-    return Handshake(engine, MODEL, epoch=1)
+def handshake(engine: EngineConfig, model: ModelConfig = MODEL) -> Handshake:
+    return Handshake(engine, model, epoch=1)
 
 
 def hello(engine: EngineConfig, rank: int) -> Hello:
@@ -47,8 +50,8 @@ def ready(rank: int, num_kv_blocks: int, fingerprint: str = "same") -> Ready:
     )
 
 
-def complete(engine: EngineConfig, blocks: tuple[int, int]) -> Handshake:
-    group = handshake(engine)
+def complete(engine: EngineConfig, blocks: tuple[int, int], model: ModelConfig = MODEL) -> Handshake:
+    group = handshake(engine, model)
     for rank in (1, 0):
         group.hear_hello(hello(engine, rank))
         assert not group.all_loaded
@@ -77,6 +80,10 @@ def test_the_smallest_rank_decides_the_number_of_blocks_and_so_the_context() -> 
 
 def test_the_models_own_context_is_the_limit_when_there_is_room() -> None:
     assert complete(engine_config(), (100, 100)).start().max_model_len == 128
+
+
+def test_a_sliding_window_is_the_limit_where_it_is_smaller() -> None:
+    assert complete(engine_config(), (100, 100), replace(MODEL, sliding_window=96)).start().max_model_len == 96
 
 
 def test_a_context_that_was_asked_for_and_does_not_fit_is_an_error() -> None:

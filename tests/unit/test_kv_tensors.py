@@ -23,7 +23,8 @@ MODEL = ModelConfig(
     max_position_embeddings=70,
     rms_norm_eps=1e-5,
     rope=RopeConfig(),
-    attention_bias=False,
+    qkv_bias=False,
+    o_bias=False,
     mlp_bias=False,
     tie_word_embeddings=False,
     dtype="float32",
@@ -82,6 +83,12 @@ def test_free_memory_is_not_taken_beyond_a_full_context_for_every_sequence(
     engine = EngineConfig(max_num_seqs=3, block_size=16, max_model_len=max_model_len)
     assert fitting(engine, free_memory=10**9) == most
     assert fitting(engine, free_memory=1000 * most - 1) == most - 1
+
+
+def test_free_memory_is_not_taken_beyond_a_sliding_window_for_every_sequence() -> None:
+    model = replace(MODEL, sliding_window=33)
+    engine = EngineConfig(max_num_seqs=3, block_size=16)
+    assert num_blocks_that_fit(engine, model, bytes_per_block=1000, free_memory=10**9) == 3 * 3
 
 
 def test_cache_memory_below_one_block_is_refused_by_its_option() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from engine.protocol.model_config import ModelConfig, RopeConfig
 
@@ -49,6 +49,28 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "more heads than hidden_size has room for": {"head_dim": 10, "num_key_value_heads": 1},
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+# What files of other architectures add to the minimum.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Mistral, nothing more": MISTRAL,
+    "Mistral 7B 0.1": {**MISTRAL, "sliding_window": 4096, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05},
+    "Mistral 7B 0.3": {**MISTRAL, "sliding_window": None, "rope_theta": 1e6, "torch_dtype": "bfloat16"},
+    "Qwen2, nothing more": QWEN2,
+    "Qwen2.5": {**QWEN2, "use_sliding_window": False, "sliding_window": 131072, "rope_theta": 1e6, "dtype": "bfloat16"},
+    "Qwen2, tied": {**QWEN2, "tie_word_embeddings": True, "max_position_embeddings": 131072, "sliding_window": None},
+}
+READ_ALIKE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 
 
 def write(directory: Path, config: object) -> Path:
@@ -72,37 +94,50 @@ def error_of(directory: Path, **fields: Any) -> str:
     return message.removeprefix(prefix)
 
 
-def rope_of(reference: LlamaConfig) -> RopeConfig:
+def rope_of(reference: PreTrainedConfig) -> RopeConfig:
     fields = dict(reference.rope_parameters or {})
     for derived in ("type", "rope_type", "rope_theta"):
         fields.pop(derived, None)
     parameters = reference.rope_parameters
     assert parameters is not None
-    return RopeConfig(theta=parameters["rope_theta"], rope_type=parameters["rope_type"], **fields)  # type: ignore[arg-type]
+    return RopeConfig(theta=parameters["rope_theta"], rope_type=parameters["rope_type"], **fields)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_is_read_as_transformers_reads_it(tmp_path: Path, spelling: str) -> None:
     ours = read(tmp_path, **SPELLINGS[spelling])
     reference = LlamaConfig.from_pretrained(tmp_path)
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "attention_bias",
-        "mlp_bias",
-        "tie_word_embeddings",
-    ):
+    for name in (*READ_ALIKE, "head_dim", "mlp_bias"):
         assert getattr(ours, name) == getattr(reference, name), name
+    assert ours.qkv_bias == ours.o_bias == reference.attention_bias
+    assert ours.sliding_window is None
     assert ours.dtype == str(reference.dtype or "float32").removeprefix("torch.")
     assert ours.rope == rope_of(reference)
     assert ours.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("file", OTHERS)
+def test_files_of_other_architectures_are_read_as_transformers_reads_them(tmp_path: Path, file: str) -> None:
+    ours = read(tmp_path, **OTHERS[file])
+    reference = AutoConfig.from_pretrained(tmp_path)
+    for name in (*READ_ALIKE, "sliding_window"):
+        assert getattr(ours, name) == getattr(reference, name), name
+    assert ours.head_dim == 8
+    assert ours.dtype == str(reference.dtype or "float32").removeprefix("torch.")
+    assert ours.rope == rope_of(reference)
+
+
+@pytest.mark.parametrize(("family", "qkv_bias"), [(MISTRAL, False), (QWEN2, True)])
+@pytest.mark.parametrize("written", [False, True])
+def test_biases_of_other_architectures_are_not_config_jsons_to_choose(
+    tmp_path: Path, family: dict[str, Any], qkv_bias: bool, written: bool
+) -> None:
+    config = read(tmp_path, **family, attention_bias=written, mlp_bias=written)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (qkv_bias, False, False)
+
+
+def test_llama_has_no_sliding_window_whatever_its_file_says(tmp_path: Path) -> None:
+    assert read(tmp_path, sliding_window=4096, use_sliding_window=False) == read(tmp_path)
 
 
 def test_what_transformers_writes_is_read_back(tmp_path: Path) -> None:
@@ -116,7 +151,8 @@ def test_what_transformers_writes_is_read_back(tmp_path: Path) -> None:
 
 def test_a_null_switch_is_off(tmp_path: Path) -> None:
     config = read(tmp_path, attention_bias=None, mlp_bias=None, tie_word_embeddings=None)
-    assert not config.attention_bias
+    assert not config.qkv_bias
+    assert not config.o_bias
     assert not config.mlp_bias
     assert not config.tie_word_embeddings
 
@@ -192,7 +228,8 @@ def test_a_switch_that_is_no_boolean_is_refused(tmp_path: Path, field: str, valu
 def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path) -> None:
     assert (
         error_of(tmp_path, architectures=["NobodyForCausalLM"])
-        == "architectures names NobodyForCausalLM, which is not known; known: LlamaForCausalLM"
+        == "architectures names NobodyForCausalLM, which is not known; "
+        "known: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
     )
 
 
@@ -206,6 +243,9 @@ def test_architectures_must_name_a_class(tmp_path: Path, value: object) -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is computed"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set; quantized checkpoints are not read"),
+        ({**QWEN2, "use_sliding_window": True}, "use_sliding_window is true; sliding windows are not computed"),
+        ({**QWEN2, "use_sliding_window": 1}, "use_sliding_window must be true or false, not 1"),
+        ({**MISTRAL, "sliding_window": 0}, "sliding_window must be a whole number from 1 to 2147483647, not 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads (3) does not divide num_attention_heads (8)"),
         ({"num_key_value_heads": 16}, "num_key_value_heads (16) does not divide num_attention_heads (8)"),
         ({"hidden_size": 65}, "hidden_size (65) is no multiple of num_attention_heads (8)"),
@@ -233,6 +273,29 @@ def test_architectures_must_name_a_class(tmp_path: Path, value: object) -> None:
 )
 def test_what_cannot_be_computed_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     assert error_of(tmp_path, **fields) == message
+
+
+# --- context ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window", "longest", "bound"),
+    [
+        (None, 100, "max_position_embeddings"),
+        (99, 99, "sliding_window"),
+        (100, 100, "max_position_embeddings"),
+        (101, 100, "max_position_embeddings"),
+    ],
+)
+def test_a_context_ends_where_the_positions_or_the_sliding_window_do(
+    tmp_path: Path, window: int | None, longest: int, bound: str
+) -> None:
+    config = read(tmp_path, **MISTRAL, max_position_embeddings=100, sliding_window=window)
+    assert config.longest_context == longest
+    config.check_max_model_len(None)
+    config.check_max_model_len(longest)
+    with pytest.raises(ValueError, match=f" {longest + 1} is more than the model's {bound}, {longest}$"):
+        config.check_max_model_len(longest + 1)
 
 
 # --- tensor parallelism ----------------------------------------------------------------------------------------------

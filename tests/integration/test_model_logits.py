@@ -1,4 +1,4 @@
-"""Logits of random Llama checkpoints are transformers', however the model is split and its sequences are chunked."""
+"""Logits of random checkpoints are transformers', however the model is split and its sequences are chunked."""
 
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM as Reference
+from transformers import AutoModelForCausalLM
 
 from engine.attention.base import AttentionMetadata, KVCache
 from engine.attention.dense import DenseCausalAttention
@@ -18,7 +18,7 @@ from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import MODEL_CLASSES, build_model
 from engine.protocol.model_config import ARCHITECTURES, ModelConfig
-from tests.checkpoints import HEADS, random_llama
+from tests.checkpoints import HEADS, random_llama, random_mistral, random_qwen2
 from tests.distributed import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def metadata_of(chunks: list[tuple[int, int, int]]) -> AttentionMetadata:
 
 @torch.inference_mode()
 def reference_logits(directory: Path) -> Tensor:
-    model = Reference.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return torch.cat([model(torch.tensor([ids])).logits[0] for ids in token_ids_of(model.config.vocab_size)])
 
 
@@ -131,6 +131,19 @@ def test_logits_of_random_checkpoints_are_those_of_transformers(seed: int, tmp_p
     check(random_llama(tmp_path, seed))
 
 
+@pytest.mark.parametrize("seed", [0, 1])  # 12/4 and 4/2 heads: 1, 2 and 4 ranks, of which two may hold one KV head
+def test_logits_of_random_qwen2_checkpoints_are_those_of_transformers(seed: int, tmp_path: Path) -> None:
+    check(random_qwen2(tmp_path, seed))
+
+
+@pytest.mark.parametrize("window", [None, max(LENGTHS)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logits_of_random_mistral_checkpoints_are_those_of_transformers_up_to_a_whole_window(
+    seed: int, window: int | None, tmp_path: Path
+) -> None:
+    check(random_mistral(tmp_path, seed, sliding_window=window))
+
+
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_logits_of_odd_checkpoints_are_those_of_transformers(oddity: str, tmp_path: Path) -> None:
     check(random_llama(tmp_path, 1, **ODDITIES[oddity]))
@@ -144,7 +157,7 @@ def test_every_tensor_parallel_size_up_to_4_is_covered(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_rotary_frequencies_are_bit_for_bit_those_of_transformers(seed: int, tmp_path: Path) -> None:
     directory = random_llama(tmp_path, seed, head_dim=64)
-    theirs = Reference.from_pretrained(directory, dtype=torch.float32).model.rotary_emb.inv_freq
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).model.rotary_emb.inv_freq
     assert torch.equal(inverse_frequencies(64, ModelConfig.from_directory(directory).rope), theirs)
 
 
