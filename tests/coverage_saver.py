@@ -4,8 +4,8 @@ It is loaded in each measured process (`[tool.coverage.run]` in pyproject.toml),
 Without it only processes that end by themselves would count.
 """
 
+import atexit
 import threading
-import time
 
 import coverage
 from coverage.plugin_support import Plugins
@@ -19,12 +19,20 @@ class _Saver(coverage.CoveragePlugin):
 
     def configure(self, config: TConfigurable) -> None:
         if config.get_option("run:parallel"):  # measuring, not reporting
-            threading.Thread(target=_save_again_and_again, name="coverage", daemon=True).start()
+            ending = threading.Event()
+            thread = threading.Thread(target=_save_again_and_again, args=(ending,), name="coverage", daemon=True)
+            thread.start()
+            atexit.register(_stop, ending, thread)
 
 
-def _save_again_and_again() -> None:
-    while True:
-        time.sleep(SECONDS)
+def _stop(ending: threading.Event, thread: threading.Thread) -> None:
+    """No thread may save while the interpreter is being taken apart: that crashed."""
+    ending.set()
+    thread.join()
+
+
+def _save_again_and_again(ending: threading.Event) -> None:
+    while not ending.wait(SECONDS):
         measuring = coverage.Coverage.current()
         if measuring is not None:
             measuring.save()

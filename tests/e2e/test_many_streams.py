@@ -121,5 +121,5 @@ def test_an_idle_service_uses_next_to_no_processor_and_wakes_up(device: str, tel
         after = [process.cpu_times() for process in processes]
         used = sum(b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
         tell(f"idle: {used:.2f} s of processor time in {IDLE_SECONDS} s, {len(processes)} processes")
-        assert used < 0.01 * IDLE_SECONDS
+        assert used < 0.2 * IDLE_SECONDS  # a process that spins uses all of a core
         assert service.complete(prompt="def f(", max_tokens=4)["finish_reason"] in ("length", "stop")
