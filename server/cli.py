@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     on_stop_signal(unwind)  # until the server waits for signals
     try:
-        namespace = _parser().parse_args(arguments)
+        namespace = _parse(arguments)
         engine, server = configure(namespace, os.environ)
         raise_open_files_limit()
         code: int = namespace.run(engine, server, namespace)
@@ -76,15 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ignore_stop_signals()
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; what is unknown is the command's error, whose help lists the options."""
+    namespace, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        namespace.command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return namespace
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ryzanstein", description="Serve open-weights language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ryzanstein {version('ryzanstein')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serve = _add_command(commands, "serve", "serve a model over an OpenAI-compatible API", SAMPLING_NOTE)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, command=serve)
     _add_options(serve)
     doctor = _add_command(commands, "doctor", "check what serving with the same options would run into", DOCTOR_NOTE)
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, command=doctor)
     doctor.add_argument("--json", action="store_true", help="write one JSON document instead of a table")
     doctor.add_argument(
         "--verify",

@@ -82,6 +82,15 @@ class GenerationRequest(RequestModel):
     spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
     response_format: Annotated[Any, neutral({"type": "text"})] = None
     priority: Annotated[Any, neutral(0)] = None
+    structured_outputs: Annotated[Any, neutral()] = None
+    guided_json: Annotated[Any, neutral()] = None
+    guided_regex: Annotated[Any, neutral()] = None
+    guided_choice: Annotated[Any, neutral()] = None
+    guided_grammar: Annotated[Any, neutral()] = None
+    return_tokens_as_token_ids: Annotated[Any, neutral(False)] = None
+    cache_salt: Annotated[Any, neutral()] = None
+    vllm_xargs: Annotated[Any, neutral()] = None
+    kv_transfer_params: Annotated[Any, neutral()] = None
 
     @model_validator(mode="after")
     def _check_streaming(self) -> "GenerationRequest":

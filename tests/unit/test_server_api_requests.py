@@ -174,7 +174,8 @@ def test_neutral_values_of_unsupported_fields_are_accepted(server: RunningServer
     neutral: dict[str, Any] = {
         "model": None, "temperature": None, "n": None, "stop": None, "stream": None, "stream_options": None,
         "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"},
-        "best_of": 1, "echo": False, "user": "me", "metadata": {"a": "b"}, "logprobs": None,
+        "best_of": 1, "echo": False, "user": "me", "metadata": {"a": "b"}, "logprobs": None, "guided_json": None,
+        "structured_outputs": None, "vllm_xargs": None, "cache_salt": None, "return_tokens_as_token_ids": False,
     }  # fmt: skip
     post(server, COMPLETIONS, {"prompt": "x", "suffix": None, **neutral}).raise_for_status()
     chat: dict[str, Any] = {

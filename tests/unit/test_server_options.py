@@ -151,6 +151,18 @@ def test_help_shows_each_option_with_default_and_variable(capsys: pytest.Capture
     assert "default 8000" in text
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_an_unknown_option_is_named_with_the_help_that_lists_the_known(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--gpu-memory-utilization", "0.9"])
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert "unrecognized arguments: --gpu-memory-utilization" in errors
+    assert f"(see ryzanstein {command} --help)" in errors
+
+
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
