@@ -216,7 +216,8 @@ class Service:
             return prompts
         if keep == -1:
             keep = max(1, self.max_model_len - max(1, max_tokens or 1))
-        return [prompt[-keep:] for prompt in prompts]
+        frame = self.model.tokenizer.encode("", add_special_tokens=True)
+        return [_last_tokens(prompt, keep, frame) for prompt in prompts]
 
     def _token_limit(self, body: GenerationRequest, prompt_len: int, prompt_field: str, default: int | None) -> int:
         """Return how many tokens may be generated for the longest prompt."""
@@ -229,6 +230,14 @@ class Service:
         if limit > room:
             raise _too_long(f"the prompt has {prompt_len} tokens and {name} is {limit}", self, name)
         return limit
+
+
+def _last_tokens(prompt: list[int], count: int, frame: list[int]) -> list[int]:
+    """Return the last `count` tokens, the begin-of-text frame that the prompt begins with among them if it fits."""
+    if len(prompt) <= count:
+        return prompt
+    kept = frame if prompt[: len(frame)] == frame and len(frame) < count else []
+    return kept + prompt[len(prompt) - count + len(kept) :]
 
 
 def _text_options(body: GenerationRequest, *, scores_only: bool) -> TextOptions:

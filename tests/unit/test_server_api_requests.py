@@ -74,6 +74,19 @@ def test_the_end_of_a_prompt_can_be_kept(server: RunningServer, keep: int, max_t
     assert answer["usage"]["prompt_tokens"] == kept
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_the_token_that_begins_a_text_is_kept_when_the_text_is_cut(server: RunningServer, path: str) -> None:
+    text = "the lazy dog sleeps"
+    own: dict[str, Any] = {"prompt": text} if path == COMPLETIONS else {"messages": [{"role": "user", "content": text}]}
+    post(server, path, own).raise_for_status()
+    post(server, path, {**own, "truncate_prompt_tokens": 4}).raise_for_status()
+    post(server, path, {**own, "truncate_prompt_tokens": 1}).raise_for_status()
+    whole, cut, shortest = (request.prompt_token_ids for request in server.engine.requests)
+    assert whole[0] == TOKENIZER.token_to_id(BOS)
+    assert cut == [whole[0], *whole[-3:]]
+    assert shortest == whole[-1:]
+
+
 def test_a_text_far_too_long_can_be_cut_to_what_fits(server: RunningServer) -> None:
     text = "the lazy dog " * 3000
     for path, body in ((COMPLETIONS, {"prompt": text}), (CHAT, {"messages": [{"role": "user", "content": text}]})):
