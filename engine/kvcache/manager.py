@@ -27,7 +27,6 @@ class CachedPrefix(NamedTuple):
     block_ids: list[int]
     prefix: int  # ends with the last of the blocks
     num_tokens: int
-    num_free: int  # blocks of these that nobody holds: they count as free until they are shared
 
 
 class KVCacheManager:
@@ -63,12 +62,12 @@ class KVCacheManager:
                 break
             prefix = block.prefix
             block_ids.append(block.block_id)
-        num_free = sum(map(self._pool.is_free, block_ids))
-        return CachedPrefix(block_ids, prefix, len(block_ids) * self.block_size, num_free)
+        return CachedPrefix(block_ids, prefix, len(block_ids) * self.block_size)
 
     def num_taken(self, cached: CachedPrefix, num_tokens: int) -> int:
         """Return how many free blocks a sequence of `num_tokens` takes that begins with `cached`."""
-        return self._blocks_for(num_tokens) - len(cached.block_ids) + cached.num_free
+        held = sum(not self._pool.is_free(block_id) for block_id in cached.block_ids)
+        return self._blocks_for(num_tokens) - held
 
     def share(self, cached: CachedPrefix) -> BlockTable:
         """Return the table of a sequence that begins with `cached`."""

@@ -190,10 +190,10 @@ class Scheduler:
     def _admit(self, chosen: dict[Sequence, int]) -> None:
         """Move waiting sequences to the running ones, in order of arrival, while budget, seats and blocks last."""
         budget = self._max_num_batched_tokens - sum(chosen.values())
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+        # One block to grow for each that runs: whoever is admitted should not be preempted at once.
+        while self._waiting and budget > 0 and len(self._running) < min(self._max_num_seqs, self._kv_cache.num_free):
             sequence = self._waiting[0]
             cached = self._kv_cache.find(sequence.token_ids, sequence.num_skippable_tokens)
-            # One block to grow for each that runs: whoever is admitted should not be preempted at once.
             needed = self._kv_cache.num_taken(cached, sequence.num_tokens) + len(self._running)
             if sequence.num_pending_tokens or needed > self._kv_cache.num_free:
                 break
