@@ -6,7 +6,7 @@ from engine.doctor.messages import Capacity
 from engine.doctor.rank import SMALL
 from engine.doctor.subject import Subject
 from engine.orchestrator.handshake import Handshake
-from engine.protocol.checks import Check, Finding, failure, ok
+from engine.protocol.checks import Check, Finding, failure, ok, warning
 from engine.protocol.config import EngineConfig
 from engine.protocol.messages import Ready, Start
 from engine.protocol.model_config import ModelConfig
@@ -54,10 +54,24 @@ def _kv_cache(subject: Subject) -> Finding:
     per_token = format_bytes(capacities[0].kv_block_bytes / engine.block_size)
     size = format_bytes(start.num_kv_blocks * capacities[0].kv_block_bytes)
     contexts = tokens / start.max_model_len
-    return ok(
+    found = (
         f"{size} on each rank: {format_count(tokens)} tokens of {per_token}, "
         f"{contexts:.1f} full contexts of {start.max_model_len}"
     )
+    shares_memory = device_of(engine, 0).type == "cpu"
+    missing = missing_memory(capacities, start.num_kv_blocks) if shares_memory else 0
+    if missing > 0:
+        return warning(
+            f"{found}; once it is full, {format_bytes(missing)} more than is free now",
+            "lower --num-kv-blocks or --kv-cache-memory, or end what else takes memory",
+        )
+    return ok(found)
+
+
+def missing_memory(capacities: list[Capacity], num_kv_blocks: int) -> int:
+    """Return how many bytes weights and full caches of ranks that share the host's memory take beyond what is free."""
+    taken = sum(item.weight_bytes + num_kv_blocks * item.kv_block_bytes for item in capacities)
+    return taken - min(item.free_memory for item in capacities)
 
 
 def agreed_start(engine: EngineConfig, config: ModelConfig, capacities: list[Capacity]) -> Start:

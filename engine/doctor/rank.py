@@ -144,6 +144,9 @@ def _capacity(spec: RankSpec, group: CommunicationHandler) -> Capacity:
             config,
             bytes_per_block=block_bytes,
             free_memory=kv_tensors.free_memory_share(group.device, num_ranks, unloaded_bytes=weight_bytes),
+            most_memory=kv_tensors.largest_cache(
+                group.device, num_ranks, weight_bytes=weight_bytes, unloaded_bytes=weight_bytes
+            ),
         )
     except ValueError as problem:
         error = str(problem)

@@ -28,6 +28,13 @@ def free_memory(cgroup_root: Path = CGROUP_ROOT, meminfo: Path = MEMINFO) -> int
     return available if left is None else min(available, left)
 
 
+def total_memory(cgroup_root: Path = CGROUP_ROOT) -> int:
+    """Return the bytes that the host has, or that the cgroup grants of them, used or not."""
+    limits = (_number(_words(cgroup_root / path)) for path in ("memory.max", "memory/memory.limit_in_bytes"))
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *(limit for limit in limits if limit is not None)])
+
+
 def cgroup_memory_left(cgroup_root: Path = CGROUP_ROOT) -> int | None:
     """Return the bytes that the cgroup still lets be taken, or None if it has no limit."""
     memory = cgroup_root / "memory"

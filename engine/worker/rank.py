@@ -116,11 +116,13 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
     kv_block_bytes = kv_tensors.block_bytes(
         shard.config, block_size=spec.engine.block_size, num_kv_heads=shard.num_kv_heads, dtype=shard.dtype
     )
+    num_ranks = ranks_on_host(spec.engine)
     num_kv_blocks = kv_tensors.num_blocks_that_fit(
         spec.engine,
         shard.config,
         bytes_per_block=kv_block_bytes,
-        free_memory=kv_tensors.free_memory_share(shard.device, ranks_on_host(spec.engine)),
+        free_memory=kv_tensors.free_memory_share(shard.device, num_ranks),
+        most_memory=kv_tensors.largest_cache(shard.device, num_ranks, weight_bytes=shard.weight_bytes),
     )
     control.send(
         Ready(

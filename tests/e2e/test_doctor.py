@@ -100,6 +100,8 @@ BROKEN = {
     ),
     "a cache that holds no block": Broken("KV cache", ("--kv-cache-memory", "100")),
     "a context that does not fit the cache": Broken("KV cache", ("--num-kv-blocks", "2", "--max-model-len", "33")),
+    "a cache that no memory holds": Broken("KV cache", ("--num-kv-blocks", "20000000")),
+    "a cache of more memory than there is": Broken("KV cache", ("--kv-cache-memory", "100TiB")),
     "an API key file that is not there": Broken("API key and TLS", ("--api-key-file", "/no/such/file")),
     "an address that is none": Broken("port", ("--host", "256.1.1.1")),
 }
@@ -111,6 +113,7 @@ QUICK = (  # one for each stage at which serving finds it; the others run with t
     "a missing tensor",
     "a broken chat template",
     "a context that does not fit the cache",
+    "a cache that no memory holds",
     "an address that is none",
 )
 

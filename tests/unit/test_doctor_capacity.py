@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.doctor.capacity import agreed_start, weights_fit
+from engine.doctor.capacity import agreed_start, missing_memory, weights_fit
 from engine.doctor.group import all_reduce_times
 from engine.doctor.messages import Capacity, RankReport
 from engine.doctor.rank import LARGE, SMALL
@@ -41,6 +41,11 @@ def test_weights_of_all_ranks_must_fit_the_host_and_each_ranks_its_device(
 def test_the_fullest_device_counts() -> None:
     found = weights_fit([capacity(weights=10), capacity(weights=10, free=9)], shares_memory=False)
     assert found.status is CheckStatus.FAILURE
+
+
+def test_weights_and_full_caches_of_all_ranks_count_against_the_hosts_memory() -> None:
+    ranks = [capacity(weights=500, free=10_000), capacity(weights=500, free=9_000)]
+    assert missing_memory(ranks, 4) == 2 * (500 + 4 * 1024) - 9_000
 
 
 def test_the_smallest_rank_holds_for_all_as_in_serving() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.worker.host import free_memory, num_cpus
+from engine.worker.host import free_memory, num_cpus, total_memory
 
 GIB = 1 << 30
 AVAILABLE = 8 * GIB
@@ -49,6 +49,15 @@ def test_v2_counts_reclaimable_page_cache_as_free(tmp_path: Path, meminfo: Path)
     statistics = f"anon 7\nactive_file {GIB}\ninactive_file {2 * GIB}\nslab 9"
     root = cgroup(tmp_path, {"memory.max": 4 * GIB, "memory.current": 3 * GIB, "memory.stat": statistics})
     assert free_memory(root, meminfo) == 3 * GIB
+
+
+def test_the_total_is_all_physical_memory_or_the_cgroups_limit(tmp_path: Path) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert total_memory(tmp_path / "absent") == physical
+    assert total_memory(cgroup(tmp_path, {"memory.max": "max"})) == physical
+    assert total_memory(cgroup(tmp_path, {"memory/memory.limit_in_bytes": NO_LIMIT_V1})) == physical
+    assert total_memory(cgroup(tmp_path, {"memory/memory.limit_in_bytes": 5 * 2**20})) == 5 * 2**20
+    assert total_memory(cgroup(tmp_path, {"memory.max": 2**20})) == 2**20
 
 
 def test_v1_leaves_its_limit_less_what_is_used_and_not_reclaimable(tmp_path: Path, meminfo: Path) -> None:

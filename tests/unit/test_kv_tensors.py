@@ -1,14 +1,16 @@
 """How many KV blocks a rank holds, what they weigh, and what is said when they do not fit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig, RopeConfig
 from engine.worker import host
-from engine.worker.kv_tensors import allocate, block_bytes, free_memory_share, num_blocks_that_fit
+from engine.worker.kv_tensors import allocate, block_bytes, free_memory_share, largest_cache, num_blocks_that_fit
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -31,8 +33,8 @@ MODEL = ModelConfig(
 )
 
 
-def fitting(engine: EngineConfig, *, free_memory: int, bytes_per_block: int = 1000) -> int:
-    return num_blocks_that_fit(engine, MODEL, bytes_per_block=bytes_per_block, free_memory=free_memory)
+def fitting(engine: EngineConfig, *, free_memory: int, most_memory: int = 10**10) -> int:
+    return num_blocks_that_fit(engine, MODEL, bytes_per_block=1000, free_memory=free_memory, most_memory=most_memory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,6 +53,18 @@ def test_each_layer_has_zeroed_keys_and_values_of_its_own() -> None:
         assert tensor.dtype == torch.float16
         assert not tensor.any()  # filled below: it would not be zero if an earlier one shared its memory
         tensor.fill_(index + 1)
+
+
+def test_memory_is_taken_only_as_blocks_are_written(tell: Callable[[str], None]) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache, *_ = allocate(MODEL, num_blocks=200_000, block_size=16, num_kv_heads=2, dtype=torch.float32, device=CPU)
+    allocated = process.memory_info().rss - before
+    cache.key.fill_(1)
+    written = process.memory_info().rss - before
+    tell(f"{6 * cache.key.nbytes} bytes allocated: {allocated} resident; {cache.key.nbytes} written: {written}")
+    assert allocated < cache.key.nbytes // 2
+    assert cache.key.nbytes // 2 < written < 2 * cache.key.nbytes
 
 
 def test_explicit_blocks_win_over_all_that_is_free() -> None:
@@ -88,12 +102,20 @@ def test_free_memory_is_not_taken_beyond_a_full_context_for_every_sequence(
 def test_free_memory_is_not_taken_beyond_a_sliding_window_for_every_sequence() -> None:
     model = replace(MODEL, sliding_window=33)
     engine = EngineConfig(max_num_seqs=3, block_size=16)
-    assert num_blocks_that_fit(engine, model, bytes_per_block=1000, free_memory=10**9) == 3 * 3
+    found = num_blocks_that_fit(engine, model, bytes_per_block=1000, free_memory=10**9, most_memory=10**10)
+    assert found == 3 * 3
 
 
 def test_cache_memory_below_one_block_is_refused_by_its_option() -> None:
     with pytest.raises(ValueError, match=r"^--kv-cache-memory does not hold one KV block of 1000 bytes$"):
         fitting(EngineConfig(kv_cache_memory=999), free_memory=10**9)
+
+
+@pytest.mark.parametrize("engine", [EngineConfig(num_kv_blocks=8), EngineConfig(kv_cache_memory=8999)])
+def test_an_explicit_size_that_memory_can_never_hold_is_refused_with_its_size(engine: EngineConfig) -> None:
+    assert fitting(engine, free_memory=0, most_memory=8000) == 8
+    with pytest.raises(ValueError, match=r"^cannot allocate 8 KV blocks \(8000 bytes\); lower --num-kv-blocks or "):
+        fitting(engine, free_memory=0, most_memory=7999)
 
 
 def test_free_memory_below_one_block_is_refused() -> None:
@@ -109,6 +131,14 @@ def test_blocks_that_cannot_be_had_are_refused_with_their_size_and_the_options(n
     assert str(error.value) == (
         f"cannot allocate {num_blocks} KV blocks ({size} bytes); lower --num-kv-blocks or --kv-cache-memory"
     )
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_ranks_on_a_host_share_all_of_its_memory_beside_their_weights(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "total_memory", lambda: 6000)
+    assert largest_cache(CPU, ranks, weight_bytes=500) == 6000 // ranks - 500
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
