@@ -9,6 +9,9 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # what float32 log
 MAX_PENALTY = 2.0  # OpenAI's, of presence and frequency
 MAX_LOGIT_BIAS = 100.0  # OpenAI's
 INT64 = 2**63  # the first whole number that is too large
+# Of lists and objects whose members are looked at one by one, on the event loop: their number is looked at before.
+MAX_ITEMS = 2**16
+MAX_TOKEN_IDS = 2**22  # more than any context has, and looked at faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,5 +34,5 @@ class RequestLimits:
     def __post_init__(self) -> None:
         for item in fields(RequestLimits):
             value = getattr(self, item.name)
-            if not 1 <= value < 2**31:
-                raise ValueError(f"--{item.name.replace('_', '-')} must be between 1 and {2**31 - 1}, not {value}")
+            if not 1 <= value <= MAX_ITEMS:
+                raise ValueError(f"--{item.name.replace('_', '-')} must be between 1 and {MAX_ITEMS}, not {value}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from server.api.fields import shortened
 from server.api.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.errors import APIError
 from server.limits import RequestLimits
@@ -57,7 +58,7 @@ def check_prompts(param: str, prompts: Iterable[Sequence[int]], vocab_size: int)
 def _check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
     for wrong in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= wrong < vocab_size:
-            raise _invalid(param, f"token id {wrong} is outside the vocabulary of {vocab_size}.")
+            raise _invalid(param, f"token id {shortened(str(wrong))} is outside the vocabulary of {vocab_size}.")
 
 
 def _invalid(param: str, message: str) -> APIError:

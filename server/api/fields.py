@@ -18,8 +18,9 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from server.limits import MAX_LOGIT_BIAS
+from server.limits import MAX_ITEMS, MAX_LOGIT_BIAS, MAX_TOKEN_IDS
 
+MAX_SHOWN = 40  # characters of what a user wrote, in an error
 _TOKEN_ID = re.compile(r"0|-?[1-9][0-9]{0,18}")  # one spelling of each: a key must not appear twice
 
 
@@ -31,16 +32,17 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, data: object) -> object:
-        """Refuse a key that is no text, which pydantic itself cannot name."""
+        """Refuse the first unknown key: pydantic itself would collect them all, and cannot name one that is no text."""
         for key in data if isinstance(data, dict) else ():
-            if isinstance(key, str) and printable(key) != key:
-                raise PydanticCustomError("extra_forbidden", "is not known", {"field": printable(key)})
+            if key not in cls.model_fields:
+                raise PydanticCustomError("extra_forbidden", "is not known", {"field": shortened(key)})
         return data
 
 
-def printable(text: str) -> str:
-    """Return `text` in characters that UTF-8 has: halves of surrogate pairs are written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def shortened(text: str) -> str:
+    """Return the beginning of what a user wrote, for an error; halves of surrogate pairs are written as escapes."""
+    begin = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+    return begin.encode("utf-8", "backslashreplace").decode()
 
 
 # typing caches Annotated types by equality, for which 0 and False are one.
@@ -80,6 +82,22 @@ def invalid(message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_value", "{message}", {"message": message})
 
 
+def check_count(items: object, most: int) -> None:
+    """Refuse a list or object of more than `most` members, whatever they are."""
+    if isinstance(items, list | dict) and len(items) > most:
+        raise invalid(f"holds {len(items)} items; at most {most} are possible")
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Return the annotation's mark for a list that is refused as a whole when it holds more than `most` items."""
+
+    def check(items: object) -> object:
+        check_count(items, most)
+        return items
+
+    return BeforeValidator(check)
+
+
 PromptInput = str | list[str] | list[int] | list[list[int]]
 
 
@@ -112,8 +130,10 @@ def parse_prompt(value: object) -> list[str] | list[list[int]]:
     """
     if _is_text(value):
         return [value]
+    check_count(value, MAX_TOKEN_IDS)
     if _are_ids(value):
         return [value]
+    check_count(value, MAX_ITEMS)
     if not isinstance(value, list):
         raise invalid("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
     if not value:
@@ -135,6 +155,7 @@ def parse_content(value: object) -> str:
         return value
     if not isinstance(value, list) or not value:
         raise invalid("must be a string or a list of text parts")
+    check_count(value, MAX_ITEMS)
     return "\n".join(_parse_part(index, part) for index, part in enumerate(value))
 
 
@@ -170,12 +191,13 @@ def parse_logit_bias(value: object) -> dict[int, float]:
         return {}
     if not isinstance(value, dict):
         raise invalid("must be an object with token ids as keys and numbers as values")
+    check_count(value, MAX_ITEMS)
     return {_token_id(key): _bias(key, bias) for key, bias in value.items()}
 
 
 def _token_id(key: str) -> int:
     if not _TOKEN_ID.fullmatch(key):
-        raise invalid(f"key {printable(key[:40])!r} is no token id")
+        raise invalid(f"key {shortened(key)!r} is no token id")
     return int(key)
 
 
@@ -214,9 +236,19 @@ Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[list[str] | list[list[int]], PlainValidator(parse_prompt, json_schema_input_type=PromptInput)]
 Content = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[TextPart])]
 StopString = Annotated[Text, Field(min_length=1)]
-Stop = Annotated[list[StopString], BeforeValidator(parse_stop, json_schema_input_type=str | list[str] | None)]
+Stop = Annotated[
+    list[StopString],
+    Field(fail_fast=True),
+    at_most(MAX_ITEMS),
+    BeforeValidator(parse_stop, json_schema_input_type=str | list[str] | None),
+]
 LogitBias = Annotated[
     dict[int, float], PlainValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | None)
 ]
-TokenIds = Annotated[list[int], BeforeValidator(none_is_empty, json_schema_input_type=list[int] | None)]
+TokenIds = Annotated[
+    list[int],
+    Field(fail_fast=True),
+    at_most(MAX_ITEMS),
+    BeforeValidator(none_is_empty, json_schema_input_type=list[int] | None),
+]
 Variables = Annotated[dict[str, Any], PlainValidator(parse_variables, json_schema_input_type=dict[str, Any] | None)]

@@ -8,8 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.fields import Content, LogitBias, Prompt, RequestModel, Stop, Text, TokenIds, Variables, neutral
-from server.limits import INT64, MAX_PENALTY, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
+from server.api.fields import (
+    Content,
+    LogitBias,
+    Prompt,
+    RequestModel,
+    Stop,
+    Text,
+    TokenIds,
+    Variables,
+    at_most,
+    neutral,
+)
+from server.limits import INT64, MAX_ITEMS, MAX_PENALTY, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 
 Count = Annotated[int, Field(ge=0, le=INT64 - 1)]
 AtLeastOne = Annotated[int, Field(ge=1, le=INT64 - 1)]
@@ -212,10 +223,13 @@ class ChatMessage(RequestModel):
         return message if self.name is None else {**message, "name": self.name}
 
 
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True), at_most(MAX_ITEMS)]
+
+
 class ChatCompletionRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    messages: Messages = Field(min_length=1, description="The conversation so far.")
     max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
     safety_identifier: Text | None = Field(None, description="Accepted; it has no effect on the result.")
     prompt_cache_key: Text | None = Field(None, description="Accepted; it has no effect on the result.")

@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from server.api.fields import RequestModel, Text, Variables, neutral
-from server.api.requests import ChatMessage, about
+from server.api.fields import RequestModel, Text, Variables, at_most, neutral
+from server.api.requests import Messages, about
+from server.limits import MAX_TOKEN_IDS
 
 # Fields that say nothing of a prompt, and their neutral values.
 _OF_MESSAGES = {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}}
@@ -16,7 +17,7 @@ class TokenizeRequest(RequestModel):
 
     model: Text | None = Field(None, description="The served model's name; may be left out.")
     prompt: Text | None = Field(None, description="A text.")
-    messages: list[ChatMessage] | None = Field(
+    messages: Messages | None = Field(
         None, min_length=1, description="A conversation, which becomes a text by the model's chat template."
     )
     add_special_tokens: bool | None = Field(
@@ -62,7 +63,7 @@ class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
 
     model: Text | None = Field(None, description="The served model's name; may be left out.")
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: Annotated[list[int], Field(fail_fast=True), at_most(MAX_TOKEN_IDS)] = Field(description="Token ids.")
 
 
 class DetokenizeResponse(BaseModel):

@@ -21,6 +21,7 @@ from tests.unit.server_support import (
     write_model,
 )
 
+
 LONG_PROMPT = "ab 1\n" * 500_000  # 2.5 MB, some seconds to tokenize
 
 
@@ -70,3 +71,44 @@ def test_a_prompt_being_tokenized_gets_503_when_the_service_ends(slow_tokenizer_
         answers = [future.result() for future in large]
     assert [answer.status_code for answer in answers] == [503] * 3
     assert {answer.json()["error"]["message"] for answer in answers} == {"The server is shutting down."}
+
+
+MILLION = 10**6
+FEW = 60_000
+
+
+def _many(item: str, count: int = MILLION) -> str:
+    return "[" + ",".join([item] * count) + "]"
+
+
+MEMBERS = "{" + ",".join(f'"{key}": 1' for key in range(MILLION // 2)) + "}"
+WRONG_BODIES: dict[str, tuple[str, str, str]] = {  # path, body, the field that the error names
+    "stop strings": (COMPLETIONS, f'{{"prompt": "a", "stop": {_many("1")}}}', "stop"),
+    "fewer stop strings": (COMPLETIONS, f'{{"prompt": "a", "stop": {_many("1", FEW)}}}', "stop[0]"),
+    "stop tokens": (COMPLETIONS, f'{{"prompt": "a", "stop_token_ids": {_many("null")}}}', "stop_token_ids"),
+    "fewer stop tokens": (
+        COMPLETIONS,
+        f'{{"prompt": "a", "stop_token_ids": {_many("null", FEW)}}}',
+        "stop_token_ids[0]",
+    ),
+    "biases": (COMPLETIONS, f'{{"prompt": "a", "logit_bias": {MEMBERS}}}', "logit_bias"),
+    "prompts": (COMPLETIONS, f'{{"prompt": {_many("[1]")}}}', "prompt"),
+    "messages": (CHAT, f'{{"messages": {_many("{}")}}}', "messages"),
+    "fewer messages": (CHAT, f'{{"messages": {_many("{}", FEW)}}}', "messages[0].role"),
+    "messages to count": ("/tokenize", f'{{"messages": {_many("{}")}}}', "messages"),
+    "parts": (CHAT, f'{{"messages": [{{"role": "user", "content": {_many("{}")}}}]}}', "messages[0].content"),
+    "tokens": ("/detokenize", f'{{"tokens": {_many("null")}}}', "tokens[0]"),
+    "more tokens": ("/detokenize", f'{{"tokens": {_many("1", 5 * MILLION)}}}', "tokens"),
+    "unknown keys": (COMPLETIONS, MEMBERS, "0"),
+    "unknown keys in a message": (CHAT, f'{{"messages": [{MEMBERS}]}}', "messages[0].0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BODIES)
+def test_of_a_million_wrong_things_one_is_named_and_others_are_answered(idle_server: RunningServer, name: str) -> None:
+    path, body, param = WRONG_BODIES[name]
+    with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=5) as client:
+        wrong = pool.submit(refusal, idle_server, path, body.encode())
+        while not wrong.done():
+            client.get(f"{idle_server.url}/health").raise_for_status()
+        assert wrong.result()["param"] == param

@@ -1,12 +1,12 @@
 import pytest
 
 from server.config import ServerConfig
-from server.limits import RequestLimits
+from server.limits import MAX_ITEMS, RequestLimits
 from server.options import options_of
 
 
 @pytest.mark.parametrize("name", [option.name for option in options_of(RequestLimits)])
-@pytest.mark.parametrize("value", [0, -1, 2**31])
+@pytest.mark.parametrize("value", [0, -1, MAX_ITEMS + 1])
 def test_a_limit_out_of_range_is_refused_by_name(name: str, value: int) -> None:
     options = {name: value}
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be between 1 and"):
