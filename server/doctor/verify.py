@@ -77,6 +77,9 @@ class _Subject:
             raise MissingBasisError("what both groups say")
         return self.transcripts[tp_size]
 
+    def is_served(self, tp_size: int) -> bool:
+        return tp_size == self.engine.tensor_parallel_size
+
     @property
     def tolerance(self) -> float:
         dtype = self.model_config().dtype if self.engine.dtype == "auto" else self.engine.dtype
@@ -101,23 +104,33 @@ def checks(engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR) -> list[
 
 
 def _split(subject: _Subject, tp_size: int) -> Finding:
-    """Run the split model; it is the one that is served, so that its failure is serving's."""
+    """Run the split model. Where it is the one that is served, its failure is serving's."""
     config = subject.model_config()
     try:
         config.check_tensor_parallel_size(tp_size)
     except ValueError:
-        if subject.engine.tensor_parallel_size == 1:
-            return skipped(f"the model does not split over {tp_size} ranks: there is nothing to compare")
-        raise
-    return _run(subject, tp_size)
+        if subject.is_served(tp_size):
+            raise
+        return skipped(f"the model does not split over {tp_size} ranks: there is nothing to compare")
+    if subject.is_served(tp_size):
+        return _run(subject, tp_size)
+    return _run_to_compare(subject, tp_size, f"verify where {tp_size} ranks can run")
 
 
 def _unsplit(subject: _Subject, tp_size: int) -> Finding:
-    subject.said(tp_size)
-    try:
+    """Run the model on one rank. Where it is the one that is served, its failure is serving's, and it always runs."""
+    if subject.is_served(1):
         return _run(subject, 1)
+    subject.said(tp_size)
+    return _run_to_compare(subject, 1, "verify where one rank can hold the model")
+
+
+def _run_to_compare(subject: _Subject, tp_size: int, hint: str) -> Finding:
+    """Run a group that is not the one to serve: if it fails, serving does not."""
+    try:
+        return _run(subject, tp_size)
     except ValueError as error:
-        return warning(f"{error}; so there is nothing to compare with", "verify where one rank can hold the model")
+        return warning(f"{error}; so there is nothing to compare with", hint)
 
 
 def _run(subject: _Subject, tp_size: int) -> Finding:

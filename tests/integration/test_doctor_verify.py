@@ -9,6 +9,8 @@ import pytest
 
 from engine.protocol.checks import CheckResult, CheckStatus, run_checks
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
+from engine.protocol.model_config import ModelConfig
+from engine.worker import host
 from server.doctor import verify
 from server.launch import ORCHESTRATOR
 from tests.checkpoints import random_llama
@@ -51,8 +53,8 @@ def test_a_split_that_adds_up_wrongly_is_found() -> None:
 
 def test_a_model_that_splits_over_no_two_ranks_has_nothing_to_compare(tmp_path: Path) -> None:
     directory = random_llama(tmp_path, 7)  # 3 heads
-    results = examined(EngineConfig(model=str(directory)))
-    assert [result.status for result in results.values()] == [SKIPPED] * 4
+    results = examined(EngineConfig(model=str(directory), num_kv_blocks=128, device="cpu"))
+    assert [result.status for result in results.values()] == [SKIPPED, OK, SKIPPED, SKIPPED]
     assert results["2 ranks"].detail == "the model does not split over 2 ranks: there is nothing to compare"
 
 
@@ -67,14 +69,31 @@ def test_a_group_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
     shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     results = examined(EngineConfig(model=str(tmp_path / "model"), device="cpu"))
-    assert results["2 ranks"].status is FAILURE
-    assert "was it downloaded completely?" in results["2 ranks"].detail
+    assert results["2 ranks"].status is WARNING
+    assert results["1 rank"].status is FAILURE
+    assert "was it downloaded completely?" in results["1 rank"].detail
+
+
+def test_two_ranks_that_fail_where_one_was_asked_for_are_a_warning(tmp_path: Path) -> None:
+    """With one KV head each rank has its own copy: here memory holds the cache of one rank, and not of two."""
+    directory = random_llama(tmp_path, 0, num_key_value_heads=1)
+    config = ModelConfig.from_directory(directory)
+    block_size = 16384
+    bytes_per_block = 2 * config.num_hidden_layers * block_size * config.head_dim * 4
+    num_kv_blocks = host.total_memory() * 5 // 8 // bytes_per_block
+    engine = EngineConfig(model=str(directory), block_size=block_size, num_kv_blocks=num_kv_blocks, device="cpu")
+    results = examined(engine)
+    assert results["2 ranks"].status is WARNING
+    assert "cannot allocate" in results["2 ranks"].detail
+    assert results["1 rank"].status is OK
+    assert results["same tokens"].status is results["same logprobs"].status is SKIPPED
 
 
 def test_a_group_that_never_becomes_ready_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "START_SECONDS", 1.0)
     results = examined(EngineConfig(), (sys.executable, "-c", "import sys; sys.stdin.read()"))
-    assert results["2 ranks"].detail == "the ranks were not ready after 1 s"
+    assert results["1 rank"].status is FAILURE
+    assert results["1 rank"].detail == "the ranks were not ready after 1 s"
 
 
 def test_one_rank_that_cannot_hold_the_model_is_a_warning() -> None:
