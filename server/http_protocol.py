@@ -5,6 +5,7 @@ import logging
 import uuid
 from http import HTTPStatus
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import APIError
@@ -20,6 +21,8 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
 
     arrival_seconds = ARRIVAL_SECONDS
     _arrival: asyncio.TimerHandle | None = None
+    _header_size = 0  # of this request's line, header fields and trailers
+    _is_header_complete = False
     _unclaimed = 0  # bytes since the last piece of a body: all of them belong to one header
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -37,22 +40,36 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         """Take the next bytes, of a request or of several."""
         self._begin_arrival()
         self._unclaimed += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._unclaimed > MAX_HEADER_SIZE and not self.transport.is_closing():
             self._refuse_header()
 
     def on_message_begin(self) -> None:
         """Take the first byte of a request, which may share a packet with the end of another."""
         super().on_message_begin()
+        self._header_size, self._is_header_complete = 0, False
         self._begin_arrival()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the URL."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header field. Trailers are dropped: what they say comes after it was asked for."""
+        self._count(len(name) + len(value) + len(": \r\n"))
+        if not self._is_header_complete:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Take a whole header."""
-        size = len(self.url) + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
-        if size > MAX_HEADER_SIZE:
-            self._refuse_header()
+        self._is_header_complete = True
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT is not possible: this is no proxy.")
             raise ValueError  # ends the parsing
-        super().on_headers_complete()
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
         """Take the announcement of a chunk."""
@@ -65,6 +82,8 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Take the last byte of a request."""
+        if self.parser.should_upgrade():
+            return  # it is parsed again, as one with a body
         super().on_message_complete()
         self._unclaimed = 0
         self._end_arrival()
@@ -73,6 +92,31 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         """Answer what is not HTTP."""
         if not self.transport.is_closing():
             self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._header_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            except httptools.HttpParserError:
+                self.send_400_response("The request is not HTTP that can be understood.")
+                break
+
+    def _header_without_upgrade(self) -> bytes:
+        """Return the header of a request whose wish for another protocol is ignored: for the parser it has no body."""
+        version = self.parser.get_http_version().encode()
+        fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"%s %s HTTP/%s\r\n%s\r\n" % (self.parser.get_method(), self.url, version, b"".join(fields))
+
+    def _count(self, size: int) -> None:
+        self._header_size += size
+        if self._header_size > MAX_HEADER_SIZE:
+            self._refuse_header()
+            raise ValueError  # ends the parsing
 
     def _begin_arrival(self) -> None:
         if self._arrival is None:

@@ -21,7 +21,6 @@ from tests.unit.server_support import (
     write_model,
 )
 
-
 LONG_PROMPT = "ab 1\n" * 500_000  # 2.5 MB, some seconds to tokenize
 
 

@@ -172,3 +172,77 @@ def test_nonsense_after_a_request_does_not_break_into_its_answer(server: Running
 def test_a_minute_is_the_limit_by_default(server: RunningServer) -> None:
     assert ARRIVAL_SECONDS == BoundedHTTPProtocol.arrival_seconds == 60
     assert post(server, COMPLETIONS, {"prompt": [5]}).status_code == 200
+
+
+UPGRADES = {
+    "h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n",
+    "websocket": b"connection: keep-alive, Upgrade\r\nupgrade: websocket\r\n",
+}
+BODY = b'{"prompt": [5], "max_tokens": 1}'
+LAST = GET + b"connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("is_in_one_packet", [True, False])
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("upgrade", UPGRADES)
+def test_a_wish_for_another_protocol_is_ignored_and_the_body_read(
+    server: RunningServer, upgrade: str, is_chunked: bool, is_in_one_packet: bool
+) -> None:
+    length = b"transfer-encoding: chunked\r\n" if is_chunked else b"content-length: %d\r\n" % len(BODY)
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) if is_chunked else BODY
+    header = POST + UPGRADES[upgrade] + length + b"\r\n"
+    with connect(server) as connection:
+        connection.sendall(header + body if is_in_one_packet else header)
+        if not is_in_one_packet:
+            time.sleep(0.1)
+            connection.sendall(body)
+        connection.sendall(LAST)
+        answer = read_to_end(connection)
+    assert answer.count(b"HTTP/1.1 200") == answer.count(b"HTTP/1.1 ") == 2
+    assert len(server.engine.requests) == 1
+
+
+def test_a_body_of_a_request_with_an_upgrade_is_not_the_next_request(idle_server: RunningServer) -> None:
+    smuggled = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    header = POST + UPGRADES["h2c"] + b"content-length: %d\r\n\r\n" % len(smuggled)
+    with connect(idle_server) as connection:
+        connection.sendall(header)
+        time.sleep(0.1)
+        connection.sendall(smuggled + LAST)
+        answer = read_to_end(connection)
+    assert answer.count(b"HTTP/1.1 ") == 2
+    assert answer.startswith(b"HTTP/1.1 400")
+
+
+def test_requests_that_want_another_protocol_follow_each_other(idle_server: RunningServer) -> None:
+    request = GET + UPGRADES["h2c"] + b"\r\n"
+    assert raw_exchange(idle_server, request * 3 + LAST).count(b"HTTP/1.1 200") == 4
+
+
+def test_connect_is_refused_and_the_connection_closed(idle_server: RunningServer) -> None:
+    answer = raw_exchange(idle_server, b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n" + LAST)
+    assert answer.startswith(b"HTTP/1.1 405")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b'"type":"invalid_request_error"' in answer
+
+
+def chunked(trailers: bytes) -> bytes:
+    body = b"%x\r\n%s\r\n0\r\n%s\r\n" % (len(BODY), BODY, trailers)
+    return POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + body
+
+
+def test_a_key_in_a_trailer_opens_nothing(model: Path) -> None:
+    with running_server(model, api_key="k") as server:
+        answer = raw_exchange(server, chunked(b"authorization: Bearer k\r\n"))
+    assert answer.startswith(b"HTTP/1.1 401")
+
+
+def test_a_trailer_does_not_become_a_header(server: RunningServer) -> None:
+    answer = raw_exchange(server, chunked(b"x-request-id: from-a-trailer\r\n"))
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"from-a-trailer" not in answer
+
+
+def test_trailers_in_the_same_packet_as_the_body_are_bounded(idle_server: RunningServer) -> None:
+    answer = raw_exchange(idle_server, chunked(b"x-trailer: x\r\n" * (MAX_HEADER_SIZE // 12)))
+    assert answer.startswith(b"HTTP/1.1 431")
