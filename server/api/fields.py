@@ -45,6 +45,21 @@ def shortened(text: str) -> str:
     return begin.encode("utf-8", "backslashreplace").decode()
 
 
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def shown(value: object) -> str:
+    """Return a value that a user wrote, for an error: a text's beginning, or of which type it is."""
+    return repr(shortened(value)) if isinstance(value, str) else _JSON_TYPES[type(value)]
+
+
 # typing caches Annotated types by equality, for which 0 and False are one.
 @dataclass(frozen=True, eq=False)
 class Neutral:
@@ -163,7 +178,8 @@ def _parse_part(index: int, part: object) -> str:
     if not isinstance(part, dict):
         raise invalid(f"part {index} must be an object")
     if part.get("type") != "text":
-        raise invalid(f"part {index} is of type {part.get('type')!r}; only 'text' is supported")
+        kind = shown(part["type"]) if "type" in part else "missing"
+        raise invalid(f"the type of part {index} is {kind}; only 'text' is supported")
     if not _is_text(part.get("text")) or part.keys() != {"type", "text"}:
         raise invalid(f"part {index} must hold a string named text, and nothing else")
     return str(part["text"])
@@ -197,7 +213,7 @@ def parse_logit_bias(value: object) -> dict[int, float]:
 
 def _token_id(key: str) -> int:
     if not _TOKEN_ID.fullmatch(key):
-        raise invalid(f"key {shortened(key)!r} is no token id")
+        raise invalid(f"key {shown(key)} is no token id")
     return int(key)
 
 

@@ -379,6 +379,50 @@ def test_a_key_that_is_no_text_is_said_to_be_unknown(idle_server: RunningServer)
     assert error["message"] == "Unrecognized request argument supplied: a\\ud800."
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ('"image_url"', "'image_url'"),
+        (f'"{"x" * 1000}"', f"'{'x' * 40}…'"),
+        ('"\\ud800"', repr("\\ud800")),
+        ("7", "a number"),
+        ("null", "null"),
+        ("[" * 800 + "]" * 800, "a list"),
+        ('{"a":' * 800 + "1" + "}" * 800, "an object"),
+    ],
+    ids=["short", "long", "no text", "number", "null", "deep list", "deep object"],
+)
+def test_of_a_wrong_type_of_part_no_more_is_shown_than_helps(idle_server: RunningServer, kind: str, shown: str) -> None:
+    body = f'{{"messages": [{{"role": "user", "content": [{{"type": {kind}}}]}}]}}'
+    error = refusal(idle_server, CHAT, body.encode())
+    assert error["message"] == f"messages[0].content: the type of part 0 is {shown}; only 'text' is supported."
+
+
+def test_a_part_is_refused_however_deep_its_type_is(idle_server: RunningServer) -> None:
+    for depth in range(930, 1000):  # about where JSON begins to be too deep
+        body = f'{{"messages": [{{"role": "user", "content": [{{"type": {"[" * depth + "]" * depth}}}]}}]}}'
+        refusal(idle_server, CHAT, body.encode())
+
+
+def test_a_part_without_a_type_is_refused(idle_server: RunningServer) -> None:
+    error = refusal(idle_server, CHAT, b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}')
+    assert "the type of part 0 is missing" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a", "x" * 1000: 1},
+        {"prompt": "a", "logit_bias": {"x" * 1000: 1}},
+        {"prompt": [10**1000]},
+        {"prompt": "a", "stop_token_ids": [10**1000]},
+    ],
+    ids=["key", "token id in logit_bias", "token id", "stop token"],
+)
+def test_what_is_long_is_shown_shortened(idle_server: RunningServer, body: dict[str, Any]) -> None:
+    assert len(refusal(idle_server, COMPLETIONS, body_of(body, {}))["message"]) < 200
+
+
 def test_a_context_too_long_is_refused_with_the_numbers(idle_server: RunningServer) -> None:
     error = refusal(idle_server, COMPLETIONS, body_of({"prompt": [5] * 200}, {"max_tokens": 100}))
     assert error["code"] == "context_length_exceeded"
