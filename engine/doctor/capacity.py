@@ -1,7 +1,5 @@
 """Whether the model fits, and how fast it could be at best."""
 
-import statistics
-
 from engine.doctor.messages import Capacity
 from engine.doctor.rank import SMALL
 from engine.doctor.subject import Subject
@@ -11,7 +9,6 @@ from engine.protocol.config import EngineConfig
 from engine.protocol.messages import Ready, Start
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.units import format_bytes, format_count, format_seconds
-from engine.worker.device import device_of
 
 SECTION = "capacity"
 
@@ -26,7 +23,7 @@ def checks(subject: Subject) -> list[Check]:
 
 
 def _weights(subject: Subject) -> Finding:
-    shares_memory = device_of(subject.engine, 0).type == "cpu"
+    shares_memory = subject.device(0).type == "cpu"
     return weights_fit([report.capacity for report in subject.all_reports()], shares_memory=shares_memory)
 
 
@@ -58,7 +55,7 @@ def _kv_cache(subject: Subject) -> Finding:
         f"{size} on each rank: {format_count(tokens)} tokens of {per_token}, "
         f"{contexts:.1f} full contexts of {start.max_model_len}"
     )
-    shares_memory = device_of(engine, 0).type == "cpu"
+    shares_memory = subject.device(0).type == "cpu"
     missing = missing_memory(capacities, start.num_kv_blocks) if shares_memory else 0
     if missing > 0:
         return warning(
@@ -96,14 +93,19 @@ def agreed_start(engine: EngineConfig, config: ModelConfig, capacities: list[Cap
 
 
 def _speed_limit(subject: Subject) -> Finding:
-    """Estimate from above: a decode step reads every weight once, and waits for two all-reduces a layer."""
+    """Estimate from above, by the fastest of what was measured on the slowest rank.
+
+    A decode step reads every weight once, and waits for two all-reduces a layer.
+    """
     reports = subject.all_reports()
-    reading = max(report.capacity.bytes_per_token / report.capacity.read_bandwidth for report in reports)
+    reading = max(report.capacity.bytes_per_token / report.capacity.best_read_bandwidth for report in reports)
     read = format_bytes(max(report.capacity.bytes_per_token for report in reports))
     found = f"at most {format_count(1 / reading)} tokens/s for one request: each reads {read} of weights on every rank"
     if subject.tp_size == 1:
         return ok(found)
     waits = 2 * subject.usable_model().num_hidden_layers + 1
-    latency = statistics.median(seconds for report in reports for seconds in report.all_reduce_seconds[SMALL])
+    latency = max(min(report.all_reduce_seconds[SMALL]) for report in reports)
     both = format_count(1 / (reading + waits * latency))
-    return ok(f"{found}; at most {both} with the {waits} all-reduces of a token, {format_seconds(latency)} each")
+    return ok(
+        f"{found}; at most {both} with the {waits} all-reduces of a token, {format_seconds(latency)} each at best"
+    )

@@ -17,7 +17,7 @@ from engine.protocol.channel import Channel
 from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
 from engine.protocol.messages import Failed, Hello, Message
 from engine.protocol.units import format_bytes, format_seconds
-from engine.worker.device import device_of, num_cuda_devices
+from engine.worker.device import num_cuda_devices
 
 SECTION = "ranks"
 RANK_COMMAND = (sys.executable, "-P", "-m", "engine.doctor.rank")
@@ -39,7 +39,7 @@ def checks(subject: Subject) -> list[Check]:
 def _devices(subject: Subject) -> Finding:
     """Pair ranks with devices, as each rank does."""
     engine, count = subject.engine, num_cuda_devices()
-    devices = [str(device_of(engine, rank)) for rank in range(subject.tp_size)]
+    devices = [str(subject.device(rank)) for rank in range(subject.tp_size)]
     found = "all ranks on the CPU" if set(devices) == {"cpu"} else _pairs(devices)
     if engine.device == "auto" and 0 < count < subject.tp_size:
         return warning(

@@ -12,7 +12,7 @@ class Capacity(Part, frozen=True):
     kv_block_bytes: int
     num_kv_blocks: int  # 0 if none fits
     error: str  # why none does
-    read_bandwidth: float  # bytes a second from as much memory as `bytes_per_token`, all ranks at once
+    best_read_bandwidth: float  # bytes a second from as much memory as `bytes_per_token`, all ranks at once
 
 
 class RankReport(Message, frozen=True):
@@ -23,5 +23,5 @@ class RankReport(Message, frozen=True):
     join_seconds: float  # to meet the other ranks
     are_sums_right: bool
     all_reduce_seconds: dict[int, list[float]]  # by size in bytes; empty for one rank
-    read_bandwidth: float  # bytes a second from memory, all ranks at once
+    read_bandwidth: float  # bytes a second from memory, all ranks at once: the median
     capacity: Capacity

@@ -18,7 +18,7 @@ from engine.parallel.base import padded_to
 from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.units import format_bytes, format_count, format_seconds
-from engine.worker.device import choose_dtype, device_of
+from engine.worker.device import choose_dtype
 
 SECTION = "model"
 SHOWN_PROBLEMS = 5
@@ -124,7 +124,7 @@ def _dtype(subject: Subject) -> Finding:
     dtype = choose_dtype(subject.engine, config)
     name = str(dtype).removeprefix("torch.")
     found = f"{name}, as stored" if name == config.dtype else f"{name}; stored as {config.dtype}"
-    on_cpu = device_of(subject.engine, 0).type == "cpu"
+    on_cpu = subject.device(0).type == "cpu"
     if on_cpu and dtype.itemsize == 2 and not has_half_precision(name, cpu_flags(CPUINFO)):
         return warning(
             f"{found}; this processor has no instructions for it", "--dtype float32 may be faster, if it fits"

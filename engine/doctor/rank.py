@@ -85,7 +85,7 @@ def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
         join_seconds=joined,
         are_sums_right=are_sums_right,
         all_reduce_seconds=times,
-        read_bandwidth=_read_bandwidth(group, BUFFER_BYTES),
+        read_bandwidth=statistics.median(_read_bandwidths(group, BUFFER_BYTES)),
         capacity=capacity,
     )
 
@@ -112,8 +112,8 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _read_bandwidth(group: CommunicationHandler, size: int) -> float:
-    """Return the bytes a second that this rank reads from `size` bytes of memory while all the others do so too."""
+def _read_bandwidths(group: CommunicationHandler, size: int) -> list[float]:
+    """Return the bytes a second at which this rank reads `size` bytes of memory, each time, as all others do too."""
     free = kv_tensors.free_memory_share(group.device, group.world_size)
     size = max(SMALLEST_BUFFER, min(size, free // 2))
     buffer = torch.ones(size // 4, dtype=torch.float32, device=group.device)
@@ -123,7 +123,7 @@ def _read_bandwidth(group: CommunicationHandler, size: int) -> float:
     while sum(seconds) < BANDWIDTH_SECONDS or len(seconds) < BANDWIDTH_REPEATS:
         seconds.append(_timed(buffer.sum, group.device))
     group.barrier()
-    return size / statistics.median(seconds)
+    return [size / each for each in seconds]
 
 
 def _capacity(spec: RankSpec, group: CommunicationHandler) -> Capacity:
@@ -157,7 +157,7 @@ def _capacity(spec: RankSpec, group: CommunicationHandler) -> Capacity:
         kv_block_bytes=block_bytes,
         num_kv_blocks=num_blocks,
         error=error,
-        read_bandwidth=_read_bandwidth(group, min(bytes_per_token, BUFFER_BYTES)),
+        best_read_bandwidth=max(_read_bandwidths(group, min(bytes_per_token, BUFFER_BYTES))),
     )
 
 

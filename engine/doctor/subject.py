@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from engine.doctor.messages import RankReport
 from engine.protocol.checks import MissingBasisError
 from engine.protocol.config import EngineConfig, RankSpec
 from engine.protocol.model_config import ModelConfig
+from engine.worker.device import device_of
 
 
 @dataclass
@@ -30,6 +33,14 @@ class Subject:
     def tp_size(self) -> int:
         """How many ranks there are to be."""
         return self.spec.engine.tensor_parallel_size
+
+    def device(self, rank: int) -> torch.device:
+        """Return the device of a rank.
+
+        Raises:
+            ValueError: naming the option, if CUDA is asked for and not there.
+        """
+        return device_of(self.engine, rank, self.tp_size)
 
     def usable_model(self) -> ModelConfig:
         """Return what config.json says.

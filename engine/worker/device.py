@@ -14,16 +14,17 @@ logger = logging.getLogger(__name__)
 
 def choose_device(engine: EngineConfig, local_rank: int) -> torch.device:
     """Return this rank's device (see `device_of`), and make it the one that CUDA calls of this process are about."""
+    num_ranks = ranks_on_host(engine)
     if engine.device == "auto":
-        _warn_of_unused_devices(num_cuda_devices(), ranks_on_host(engine))
-    device = device_of(engine, local_rank)
+        _warn_of_unused_devices(num_cuda_devices(), num_ranks)
+    device = device_of(engine, local_rank, num_ranks)
     if device.type == "cuda":  # pragma: cuda
         torch.cuda.set_device(device)
     return device
 
 
-def device_of(engine: EngineConfig, local_rank: int) -> torch.device:
-    """Return the device of the rank that is number `local_rank` on this host.
+def device_of(engine: EngineConfig, local_rank: int, num_ranks: int) -> torch.device:
+    """Return the device of the rank that is number `local_rank` of `num_ranks` on this host.
 
     `auto` is CUDA where each rank on this host has a CUDA device of its own, and the CPU otherwise.
 
@@ -31,7 +32,7 @@ def device_of(engine: EngineConfig, local_rank: int) -> torch.device:
         ValueError: naming the option, if CUDA is asked for and not there.
     """
     count = num_cuda_devices()
-    if engine.device == "cpu" or (engine.device == "auto" and count < ranks_on_host(engine)):
+    if engine.device == "cpu" or (engine.device == "auto" and count < num_ranks):
         return torch.device("cpu")
     if local_rank >= count:
         raise ValueError(f"--device {engine.device}: rank needs CUDA device {local_rank}, and {count} are visible")
@@ -56,7 +57,7 @@ def set_threads(num_ranks: int) -> None:
 
 
 def ranks_on_host(engine: EngineConfig) -> int:
-    """Return how many ranks run here, as torchrun and our own launcher say; alone, all of them do."""
+    """Return how many ranks run here, as torchrun and our own launcher tell this rank; alone, all of them do."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE")
     return int(local or engine.tensor_parallel_size)
 

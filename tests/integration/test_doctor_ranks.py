@@ -55,6 +55,13 @@ def test_ranks_meet_and_measure(run_dir: Path) -> None:
     assert FAILURE not in {result.status for result in results.values()}
 
 
+def test_variables_of_another_launcher_change_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    _, results = examined(run_dir, EngineConfig(num_kv_blocks=128))
+    assert FAILURE not in {result.status for result in results.values()}
+
+
 def test_one_rank_has_no_collectives(run_dir: Path) -> None:
     _, results = examined(run_dir, EngineConfig(device="cpu"))
     assert results["ranks: all-reduce"].status is SKIPPED

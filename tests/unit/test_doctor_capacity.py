@@ -1,15 +1,18 @@
 """Whether a model fits and collectives are fast, from what ranks measured."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engine.doctor.capacity import agreed_start, missing_memory, weights_fit
+from engine.doctor.capacity import checks as capacity_checks
 from engine.doctor.group import all_reduce_times
 from engine.doctor.messages import Capacity, RankReport
 from engine.doctor.rank import LARGE, SMALL
+from engine.doctor.subject import Subject
 from engine.protocol.checks import CheckStatus
-from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
+from engine.protocol.config import EMBEDDED_MODEL, EngineConfig, RankSpec
 from engine.protocol.model_config import ModelConfig
 
 GIB = 1 << 30
@@ -23,7 +26,20 @@ def capacity(*, weights: int = 1, free: int = GIB, blocks: int = 10) -> Capacity
         kv_block_bytes=1024,
         num_kv_blocks=blocks,
         error="",
+        best_read_bandwidth=1e9,
+    )
+
+
+def report(rank: int, *, small: list[float], large: list[float], of: Capacity | None = None) -> RankReport:
+    return RankReport(
+        epoch=1,
+        rank=rank,
+        num_threads=1,
+        join_seconds=0.1,
+        are_sums_right=True,
+        all_reduce_seconds={SMALL: small, LARGE: large},
         read_bandwidth=1e9,
+        capacity=of or capacity(),
     )
 
 
@@ -58,21 +74,21 @@ def test_the_smallest_rank_holds_for_all_as_in_serving() -> None:
 
 @pytest.mark.parametrize(("seconds", "status"), [(0.0049, CheckStatus.OK), (0.0051, CheckStatus.WARNING)])
 def test_an_all_reduce_of_a_mebibyte_is_slow_from_5_ms_on(seconds: float, status: CheckStatus) -> None:
-    times = {SMALL: [1e-4, 2e-4, 9e-4], LARGE: [seconds] * 3}
-    reports = [
-        RankReport(
-            epoch=1,
-            rank=rank,
-            num_threads=1,
-            join_seconds=0.1,
-            are_sums_right=True,
-            all_reduce_seconds=times,
-            read_bandwidth=1e9,
-            capacity=capacity(),
-        )
-        for rank in range(2)
-    ]
+    reports = [report(rank, small=[1e-4, 2e-4, 9e-4], large=[seconds] * 3) for rank in range(2)]
     found = all_reduce_times(reports)
     assert found.status is status
     assert found.detail.startswith("4.0 KiB in 200 µs (median; at most 900 µs); 1.0 MiB in ")
     assert all_reduce_times(reports[:1]).status is CheckStatus.SKIPPED
+
+
+def test_the_speed_limit_is_the_best_of_the_slowest_rank() -> None:
+    """Reading a million bytes takes 1 ms, and each of the 2 * 6 + 1 all-reduces 1 ms at best on rank 1."""
+    subject = Subject(RankSpec(engine=EngineConfig(tensor_parallel_size=2), epoch=1, run_dir="unused"), Path("unused"))
+    subject.model = ModelConfig.from_directory(EMBEDDED_MODEL)
+    subject.reports = [
+        report(0, small=[5e-4, 9e-3, 9e-3], large=[1.0], of=capacity(weights=10**6)),
+        report(1, small=[9e-3, 1e-3, 9e-3], large=[1.0], of=capacity(weights=10**6)),
+    ]
+    (limit,) = (check.run() for check in capacity_checks(subject) if check.name == "speed limit")
+    assert limit.detail.startswith("at most 1000 tokens/s for one request")
+    assert "at most 71 with the 13 all-reduces of a token, 1.0 ms each at best" in limit.detail
