@@ -1,7 +1,6 @@
 """The FastAPI application."""
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -12,6 +11,7 @@ from server.errors import install_error_handlers
 from server.middleware.access_log import AccessLog
 from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
+from server.middleware.cors import CORS
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
 from server.openapi import API
 from server.routes import chat, completions, docs, health, models, tokenize
@@ -28,7 +28,7 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
         app = APIKeyAuth(app, credentials.api_key)
     app = BodyLimit(app, config.max_body_size)
     if config.allowed_origins:  # outside of the others: pages may read errors, and ask without a key what is allowed
-        app = CORSMiddleware(
+        app = CORS(
             app,
             allow_origins=config.allowed_origins,
             allow_methods=config.allowed_methods,

@@ -18,7 +18,14 @@ class API(FastAPI):
     """The application; its schema leaves out FastAPI's own validation error, which is never sent."""
 
     def __init__(self, *, version: str, is_locked: bool) -> None:
-        super().__init__(title="ryzanstein", version=version, description=DESCRIPTION, docs_url=None, redoc_url=None)
+        super().__init__(
+            title="ryzanstein",
+            version=version,
+            description=DESCRIPTION,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,  # to a host that the request names
+        )
         self._is_locked = is_locked
 
     def openapi(self) -> dict[str, Any]:

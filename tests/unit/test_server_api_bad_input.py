@@ -436,6 +436,13 @@ def test_unknown_urls_and_methods_answer_in_the_same_shape(idle_server: RunningS
     assert httpx.get(f"{idle_server.url}/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize("path", ["/ready/", "/health/", "/docs/assets", "/v1/completions/"])
+def test_a_slash_too_many_or_few_is_another_url(idle_server: RunningServer, path: str) -> None:
+    answer = httpx.get(idle_server.url + path, headers={"host": "evil.example"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+    assert "location" not in answer.headers
+
+
 def test_a_model_without_a_template_refuses_chat(tmp_path: Path) -> None:
     model = write_model(tmp_path)
     (model / "tokenizer_config.json").write_text("{}")

@@ -36,7 +36,16 @@ def test_a_preflight_needs_no_key(locked: RunningServer) -> None:
 
 
 def test_other_origins_stay_out(locked: RunningServer) -> None:
-    assert preflight(locked, "https://evil.example").status_code == 400
+    refusal = preflight(locked, "https://evil.example")
+    assert refusal.status_code == 400
+    assert refusal.json()["error"] == {
+        "message": "Disallowed CORS origin.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "cors_refused",
+    }
+    assert ALLOW not in refusal.headers
+    assert "origin" in refusal.headers["vary"].lower()
     answer = httpx.get(f"{locked.url}/health", headers={"origin": "https://evil.example"})
     assert ALLOW not in answer.headers
 
