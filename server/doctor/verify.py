@@ -1,5 +1,6 @@
 """`--verify`: real rank groups, split and unsplit, one after the other, must say the same on this machine."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -30,12 +31,13 @@ from server.signals import stop_signals_delayed
 SECTION = "verify"
 PROMPT_LENGTHS = (1, 2, 5, 16, 17, 40, 64, 100)  # below, at and above a block's
 NEW_TOKENS = 32
+LOGPROBS = 5  # that each token is reported with: near-ties of more than two are rare
 SHOWN_DIFFERENCES = 3
 START_SECONDS = 900.0  # for one group to load: a large model from a slow disk takes minutes
 OUTPUT_SECONDS = 300.0  # from one step's tokens to the next
 POLL_SECONDS = 0.5
-# The most by which log-probabilities may differ, and the two best at a near-tie: sums of rounded numbers depend on the
-# order in which they are added.
+# The most by which log-probabilities may differ, and the two tokens at a near-tie: sums of rounded numbers depend on
+# the order in which they are added.
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 
 
@@ -177,7 +179,7 @@ def _same_logprobs(subject: _Subject, tp_size: int) -> Finding:
 
 
 def compare(one: list[Transcript], other: list[Transcript], tolerance: float) -> Comparison:
-    """Compare token by token; where tokens differ, the two best must have been nearer than `tolerance`."""
+    """Compare token by token; where tokens differ, both must have been nearer than `tolerance` to `one`."""
     found = Comparison()
     for prompt, (a, b) in enumerate(zip(one, other, strict=True)):
         for position, (mine, theirs) in enumerate(zip(a.logprobs, b.logprobs, strict=True)):
@@ -185,25 +187,37 @@ def compare(one: list[Transcript], other: list[Transcript], tolerance: float) ->
             found.largest_gap = max(found.largest_gap, *_gaps(mine, theirs))
             if mine.token_id == theirs.token_id:
                 continue
-            gap = mine.top_logprobs[0] - mine.top_logprobs[1]
-            if gap < tolerance:
+            gap = mine.logprob - _likeliest(mine).get(theirs.token_id, -math.inf)
+            if abs(gap) < tolerance:
                 found.near_ties += 1
             else:
                 found.differences.append(
                     f"prompt {prompt}, token {position}: {mine.token_id} unsplit, {theirs.token_id} split, "
-                    f"the two best {gap:.2g} apart"
+                    + (f"{gap:.2g} apart" if math.isfinite(gap) else f"which is not among the {LOGPROBS} likeliest")
                 )
             break
     return found
 
 
 def _gaps(mine: TokenLogprobs, theirs: TokenLogprobs) -> Iterator[float]:
-    """Yield how far the log-probabilities of each token that both report are apart."""
-    of_theirs = dict(zip(theirs.top_token_ids, theirs.top_logprobs, strict=True))
-    yield 0.0
-    for token_id, logprob in zip(mine.top_token_ids, mine.top_logprobs, strict=True):
-        if token_id in of_theirs:
-            yield abs(logprob - of_theirs[token_id])
+    """Yield how far the log-probabilities of each token that both report are apart, without end if one is no number.
+
+    A chosen token that the other does not report is, for the other, at most as likely as the last one that it does.
+    """
+    of_mine, of_theirs = _likeliest(mine), _likeliest(theirs)
+    if not all(map(math.isfinite, (*of_mine.values(), *of_theirs.values()))):
+        yield math.inf
+    for token_id in of_mine.keys() & of_theirs.keys():
+        yield abs(of_mine[token_id] - of_theirs[token_id])
+    for chosen, of_other in ((mine, of_theirs), (theirs, of_mine)):
+        if chosen.token_id not in of_other:
+            yield chosen.logprob - min(of_other.values())
+
+
+def _likeliest(reported: TokenLogprobs) -> dict[int, float]:
+    """Return the log-probabilities that are reported, by token."""
+    top = zip(reported.top_token_ids, reported.top_logprobs, strict=True)
+    return {**dict(top), reported.token_id: reported.logprob}
 
 
 class _Group:
@@ -253,7 +267,7 @@ class _Group:
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[Transcript]:
         """Return what is said greedily to each prompt."""
-        sampling = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens, temperature=0.0, logprobs=2)
+        sampling = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens, temperature=0.0, logprobs=LOGPROBS)
         requests = [Request(str(index), prompt, sampling) for index, prompt in enumerate(prompts)]
         self._tokens.send(RequestBatch(self.status.epoch, requests))
         transcripts = [Transcript() for _ in requests]
