@@ -1,10 +1,13 @@
 """The API key and the TLS certificate, read before anything is started: a wrong file is found at once."""
 
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.config import ServerConfig
+
+_VISIBLE_ASCII = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ def _api_key(config: ServerConfig) -> str | None:
         key = _read(name, config.api_key_file).removesuffix("\n").removesuffix("\r")
     if key == "":
         raise ValueError(f"{name}: is empty")
-    if key is not None and (not key.isprintable() or " " in key):
-        raise ValueError(f"{name}: must be one word, since no HTTP header can hold anything else")
+    if key is not None and not _VISIBLE_ASCII.fullmatch(key):
+        raise ValueError(f"{name}: must be one word of visible ASCII characters, since clients can send no others")
     return key
 
 

@@ -63,13 +63,14 @@ async def _on_api_error(_: Request, error: Exception) -> Response:
 
 async def _on_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return from_validation(error.errors()).response()
+    return from_validation(error.errors(), error.body).response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ValueError | RecursionError):  # not UTF-8, too long a number, too deep
-        return APIError(f"The body is not valid JSON: {error.__cause__}.", code="invalid_json").response()
+        reason = str(error.__cause__).partition(";")[0]  # without Python's advice on how to allow longer numbers
+        return APIError(f"The body is not valid JSON: {reason}.", code="invalid_json").response()
     messages = {
         404: f"Unknown request URL: {request.method} {request.url.path}.",
         405: f"Not allowed to {request.method} on {request.url.path}.",
@@ -86,14 +87,20 @@ async def _on_exception(_: Request, __: Exception) -> Response:
     return APIError(message, status=500, type=INTERNAL).response()
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """Return the API error for what pydantic found first."""
+_NO_OBJECT = {
+    type(None): "The body must be a JSON object; it is empty, or null.",
+    bytes: "The body must be sent with content-type application/json.",
+}
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> APIError:
+    """Return the API error for what pydantic found first in `body`, which is bytes where it was not sent as JSON."""
     first = errors[0]
     kind, param = first["type"], field_path(_location(first))
     if kind == "json_invalid":
         return APIError(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
     if param is None:
-        return APIError("The body must be a JSON object, sent with content-type application/json.", code="invalid_body")
+        return APIError(_NO_OBJECT.get(type(body), "The body must be a JSON object."), code="invalid_body")
     if kind == "extra_forbidden":
         return APIError(f"Unrecognized request argument supplied: {param}.", param=param, code="unknown_parameter")
     if kind == "missing":

@@ -68,6 +68,9 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT is not possible: this is no proxy.")
             raise ValueError  # ends the parsing
+        if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers):
+            self._refuse(HTTPStatus.NOT_IMPLEMENTED, "No Transfer-Encoding but chunked is possible.")
+            raise ValueError
         if not self.parser.should_upgrade():
             super().on_headers_complete()
 

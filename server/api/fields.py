@@ -125,6 +125,12 @@ def _check_text(value: str) -> str:
     return value
 
 
+def _check_not_empty(value: str) -> str:
+    if not value:
+        raise invalid("must not be empty")
+    return value
+
+
 def _is_text(value: object) -> TypeGuard[str]:
     """Whether `value` is a string; one that is no text is an error."""
     if not isinstance(value, str):
@@ -251,7 +257,7 @@ class TextPart(BaseModel):
 Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[list[str] | list[list[int]], PlainValidator(parse_prompt, json_schema_input_type=PromptInput)]
 Content = Annotated[str, PlainValidator(parse_content, json_schema_input_type=str | list[TextPart])]
-StopString = Annotated[Text, Field(min_length=1)]
+StopString = Annotated[Text, AfterValidator(_check_not_empty)]
 Stop = Annotated[
     list[StopString],
     Field(fail_fast=True),

@@ -368,6 +368,36 @@ def test_a_body_that_is_no_json_object_gets_a_400(
     assert (error["param"], error["code"]) == (None, code)
 
 
+@pytest.mark.parametrize(
+    ("body", "content_type", "problem"),
+    [
+        (b"", "application/json", "The body must be a JSON object; it is empty, or null."),
+        (b"[]", "application/json", "The body must be a JSON object."),
+        (b"{}", "text/plain", "The body must be sent with content-type application/json."),
+        (b"{}", "", "The body must be sent with content-type application/json."),
+    ],
+)
+def test_what_is_wrong_with_a_whole_body_is_said(
+    idle_server: RunningServer, body: bytes, content_type: str, problem: str
+) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    answer = httpx.post(idle_server.url + COMPLETIONS, content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == problem
+
+
+def test_too_long_a_number_is_refused_without_advice_for_programmers(idle_server: RunningServer) -> None:
+    message = refusal(idle_server, COMPLETIONS, b'{"prompt": "x", "seed": 1' + b"0" * 9999 + b"}")["message"]
+    assert "4300 digits" in message
+    assert "sys." not in message
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_a_stop_string_must_not_be_empty(idle_server: RunningServer, stop: object) -> None:
+    error = refusal(idle_server, COMPLETIONS, body_of({"prompt": "x"}, {"stop": stop}))
+    assert error["message"].endswith("]: must not be empty.")
+
+
 def test_of_a_key_that_is_written_twice_the_last_counts(idle_server: RunningServer) -> None:
     error = refusal(idle_server, COMPLETIONS, b'{"prompt": "x", "n": 1, "n": 0}')
     assert error["param"] == "n"

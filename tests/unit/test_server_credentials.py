@@ -83,7 +83,7 @@ def test_a_key_file_that_is_not_there_is_named(tmp_path: Path) -> None:
             Credentials.load(ServerConfig(api_key_file=str(path)))
 
 
-@pytest.mark.parametrize("key", ["", "two words", "line\nbreak"])
+@pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "clé-ключ", "half\ud800", "\x7f"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -> None:
     with pytest.raises(ValueError, match=r"^--api-key: (is empty|must be one word)") as caught:
         Credentials.load(ServerConfig(api_key=key))

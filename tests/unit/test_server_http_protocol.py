@@ -246,3 +246,12 @@ def test_a_trailer_does_not_become_a_header(server: RunningServer) -> None:
 def test_trailers_in_the_same_packet_as_the_body_are_bounded(idle_server: RunningServer) -> None:
     answer = raw_exchange(idle_server, chunked(b"x-trailer: x\r\n" * (MAX_HEADER_SIZE // 12)))
     assert answer.startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip\r\ntransfer-encoding: chunked"])
+def test_a_coding_that_nobody_decodes_is_refused(idle_server: RunningServer, coding: bytes) -> None:
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    answer = raw_exchange(idle_server, POST + b"transfer-encoding: " + coding + b"\r\n\r\n" + body + LAST)
+    assert answer.startswith(b"HTTP/1.1 501 Not Implemented")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"chunked" in answer
