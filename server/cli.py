@@ -32,6 +32,7 @@ from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, s
 
 EXIT_STOPPED, EXIT_USER_ERROR = 0, 2
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: a doctor that was stopped has not said that all is well
+EXIT_UNREAD = 141  # as shells have it for SIGPIPE: what reads the doctor's words wanted no more of them
 OPTIONS_EPILOG = """\
 Each option can also be set by the environment variable in its brackets, or in the YAML file of --config
 (RYZANSTEIN_CONFIG), where the keys are the options' names without the dashes in front. The command line wins over
@@ -41,8 +42,8 @@ the environment, the environment over the file.
 SAMPLING_NOTE = "Sampling values that a request leaves out are the model's (generation_config.json).\n"
 DOCTOR_NOTE = """\
 Exit code: 0 where serving with these options would start, with warnings or without; 2 where it would fail, or the
-command line cannot be read; 130 when interrupted. The speed limit is an estimate from above: what reading the weights
-alone would allow.
+command line cannot be read; 130 when interrupted; 141 when what reads the output wants no more. The speed limit is an
+estimate from above: what reading the weights alone would allow.
 """
 
 
@@ -173,9 +174,24 @@ def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) ->
 
 def _doctor(engine: EngineConfig, server: ServerConfig, namespace: argparse.Namespace) -> int:
     """Check what `_serve` would run into."""
-    from server.doctor.run import examine  # noqa: PLC0415  (serving does not need it)
+    from server.doctor.report import UnwritableError  # noqa: PLC0415  (serving does not need it)
+    from server.doctor.run import examine  # noqa: PLC0415
 
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
     try:
         return examine(engine, server, as_json=namespace.json, with_verify=namespace.verify)
     except StopRequested:
         return EXIT_INTERRUPTED
+    except UnwritableError as error:
+        _give_up_standard_output()
+        if error.is_unread:
+            return EXIT_UNREAD
+        raise ValueError(str(error)) from error
+
+
+def _give_up_standard_output() -> None:
+    """Send what could not be written nowhere; Python would try again at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

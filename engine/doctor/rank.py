@@ -37,9 +37,10 @@ BANDWIDTH_SECONDS = 0.25  # of reading, and at least so often:
 BANDWIDTH_REPEATS = 3
 
 
-def run(spec: RankSpec) -> int:
+def run(spec_path: Path) -> int:
     """Measure, tell the doctor what was found or why not, and wait to be killed."""
-    die_with_parent()
+    die_with_parent()  # first: a parent that is gone has removed the spec
+    spec = msgspec.json.decode(spec_path.read_bytes(), type=RankSpec)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.ERROR)  # what is worth a warning is one of the doctor's checks
     rank = int(os.environ["RANK"])
@@ -172,4 +173,4 @@ def _free_memory(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=RankSpec)))
+    sys.exit(run(Path(sys.argv[1])))

@@ -31,10 +31,19 @@ COLOURS = {
 ERASE_LINE = "\r\x1b[K"
 
 
+class UnwritableError(Exception):
+    """What is found can no longer be shown."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror}")
+        self.is_unread = isinstance(error, BrokenPipeError)  # whoever read it has seen enough
+
+
 class Report(ABC):
     """Takes events of checks, and counts results."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self._counts: Counter[CheckStatus] = Counter()
         self._began = time.perf_counter()
 
@@ -53,6 +62,13 @@ class Report(ABC):
         """Time since the beginning."""
         return time.perf_counter() - self._began
 
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError as error:
+            raise UnwritableError(error) from error
+
     @abstractmethod
     def _show(self, event: CheckEvent) -> None: ...
 
@@ -65,8 +81,7 @@ class JsonReport(Report):
     """One JSON document at the end."""
 
     def __init__(self, out: TextIO, engine: EngineConfig) -> None:
-        super().__init__()
-        self._out = out
+        super().__init__(out)
         self._engine = engine
         self._results: list[CheckResult] = []
 
@@ -86,16 +101,14 @@ class JsonReport(Report):
             "seconds": self.seconds,
             "would_serve": not self.count(CheckStatus.FAILURE),
         }
-        self._out.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
-        self._out.flush()
+        self._write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
 
 
 class TableReport(Report):
     """A line or more a check, under the heading of its section. On a terminal the check that runs is shown too."""
 
     def __init__(self, out: TextIO, name: str, engine: EngineConfig) -> None:
-        super().__init__()
-        self._out = out
+        super().__init__(out)
         self._width = max(NARROWEST, min(WIDEST, shutil.get_terminal_size().columns))
         self._is_terminal = out.isatty()
         self._has_colours = self._is_terminal and has_colours(os.environ)
@@ -153,10 +166,6 @@ class TableReport(Report):
 
     def _coloured(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
-
-    def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
 
 
 def _counted(number: int, status: CheckStatus) -> str:

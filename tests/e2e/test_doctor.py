@@ -221,6 +221,31 @@ def leftovers() -> Iterator[Leftovers]:
         yield leftovers
 
 
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [
+        ("| head -n 1", 141, ""),
+        (">/dev/full", 2, "ryzanstein: error: standard output: No space left on device\n"),
+        (">&-", 2, "ryzanstein: error: standard output is closed\n"),
+    ],
+)
+def test_an_output_that_takes_no_more_ends_the_doctor_in_order(
+    redirection: str, code: int, words: str, leftovers: Leftovers
+) -> None:
+    script = f'"$@" doctor --port 0 {redirection}; exit "${{PIPESTATUS[0]}}"'
+    ended = subprocess.run(
+        ["bash", "-c", script, "bash", *RYZANSTEIN],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, **leftovers.environment},
+    )
+    assert (ended.returncode, ended.stderr) == (code, words)
+    wait_until(lambda: list(leftovers.folder.iterdir()) == [], 10)
+
+
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGKILL"])
 def test_an_interrupted_doctor_leaves_nothing(signal_name: str, leftovers: Leftovers) -> None:
     environment = {**os.environ, **leftovers.environment}
