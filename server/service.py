@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 
 from engine.protocol.model_config import ModelConfig
 from server.api.checks import check_limits, check_prompts, check_vocabulary
+from server.api.fields import shown
 from server.api.logprobs import LogprobFormat
 from server.api.requests import GenerationRequest
 from server.api.responses import PromptLogprobs
@@ -105,7 +106,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise an `APIError` (404) unless `name` is this model's or was left out."""
         if name is not None and name != self.model.name:
-            message = f"The model {name!r} does not exist; {self.model.name!r} is served here."
+            message = f"The model {shown(name)} does not exist; {self.model.name!r} is served here."
             raise APIError(message, status=404, param="model", code="model_not_found")
 
     def check(self, body: GenerationRequest) -> None:
