@@ -6,29 +6,12 @@ import pytest
 import torch
 
 from engine.protocol.config import EngineConfig
-from engine.protocol.model_config import ModelConfig, RopeConfig
 from engine.worker import device
 from engine.worker.device import choose_device, choose_dtype, set_threads
+from tests.configs import model_config
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=7,
-    hidden_size=8,
-    intermediate_size=9,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=4,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(),
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    tie_word_embeddings=False,
-    dtype="bfloat16",
-)
+MODEL = model_config(dtype="bfloat16")
 
 
 class Host:

@@ -5,26 +5,10 @@ import pytest
 from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig, config_hash
 from engine.protocol.messages import Hello, Ready, Start, Started
-from engine.protocol.model_config import ModelConfig, RopeConfig
+from engine.protocol.model_config import ModelConfig
+from tests.configs import model_config
 
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=100,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(),
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    tie_word_embeddings=False,
-    dtype="float32",
-)
+MODEL = model_config()
 
 
 def engine_config(max_model_len: int | None = None) -> EngineConfig:

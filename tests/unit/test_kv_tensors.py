@@ -8,29 +8,13 @@ import pytest
 import torch
 
 from engine.protocol.config import EngineConfig
-from engine.protocol.model_config import ModelConfig, RopeConfig
+from engine.protocol.model_config import ModelConfig
 from engine.worker import host
 from engine.worker.kv_tensors import allocate, block_bytes, free_memory_share, largest_cache, num_blocks_that_fit
+from tests.configs import model_config
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=7,
-    hidden_size=30,
-    intermediate_size=9,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=5,
-    max_position_embeddings=70,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(),
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    tie_word_embeddings=False,
-    dtype="float32",
-)
+MODEL = model_config(num_hidden_layers=3, num_attention_heads=6, hidden_size=30, head_dim=5, max_position_embeddings=70)
 
 
 def fitting(engine: EngineConfig, *, free_memory: int, most_memory: int = 10**10) -> int:
