@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import statistics
 import sys
 import time
@@ -20,12 +19,13 @@ from engine.doctor.messages import Capacity, RankReport
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.protocol.channel import Channel
-from engine.protocol.config import RankSpec, config_hash
-from engine.protocol.messages import Failed, Hello
+from engine.protocol.config import RankSpec
+from engine.protocol.messages import Failed
 from engine.protocol.model_config import ModelConfig
 from engine.worker import host, kv_tensors
 from engine.worker.device import choose_device, choose_dtype, ranks_on_host, set_threads
 from engine.worker.parent import die_with_parent
+from engine.worker.rank import hello
 
 JOIN_SECONDS = 60.0
 SMALL, LARGE = 4 << 10, 1 << 20  # bytes of an all-reduce: one token's hidden state, and a chunk of a prompt
@@ -62,16 +62,7 @@ def run(spec_path: Path) -> int:
 def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
     set_threads(ranks_on_host(spec.engine))
     device = choose_device(spec.engine, int(os.environ["LOCAL_RANK"]))
-    control.send(
-        Hello(
-            epoch=spec.epoch,
-            rank=rank,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            device=str(device),
-            config_hash=config_hash(spec.engine),
-        )
-    )
+    control.send(hello(spec, rank, device))
     began = time.perf_counter()
     group = ProcessGroupManager(device, timeout_seconds=JOIN_SECONDS).tensor_parallel
     group.barrier()

@@ -71,22 +71,25 @@ def run_rank(spec: RankSpec) -> int:
     return 1
 
 
+def hello(spec: RankSpec, rank: int, device: torch.device) -> Hello:
+    """Return this process's first word to the orchestrator."""
+    return Hello(
+        epoch=spec.epoch,
+        rank=rank,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        device=str(device),
+        config_hash=config_hash(spec.engine),
+    )
+
+
 def _set_up(
     spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]", control: Channel
 ) -> Leader | Follower:
     """Say HELLO, load, agree with the other ranks, allocate; return what runs this rank's steps."""
     set_threads(ranks_on_host(spec.engine))
     device = choose_device(spec.engine, int(os.environ.get("LOCAL_RANK", rank)))
-    control.send(
-        Hello(
-            epoch=spec.epoch,
-            rank=rank,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            device=str(device),
-            config_hash=config_hash(spec.engine),
-        )
-    )
+    control.send(hello(spec, rank, device))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
     group = ProcessGroupManager(device).tensor_parallel
     shard = _load(spec, group, device)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import coverage
 import httpx
 import psutil
 import pytest
@@ -111,6 +112,7 @@ def test_64_streams_at_once_get_the_text_of_a_lone_request(
     tell(f"tp {tp_size}: {NUM_CLIENTS} streams of {NUM_TOKENS} tokens, {near_ties} parted at a near-tie")
 
 
+@pytest.mark.skipif(coverage.Coverage.current() is not None, reason="what measures coverage wakes up twice a second")
 def test_an_idle_service_uses_next_to_no_processor_and_wakes_up(device: str, tell: Callable[[str], None]) -> None:
     with ServiceProcess("--device", device, "-tp", "2") as service:
         service.complete(prompt="def f(", max_tokens=4)
@@ -121,5 +123,5 @@ def test_an_idle_service_uses_next_to_no_processor_and_wakes_up(device: str, tel
         after = [process.cpu_times() for process in processes]
         used = sum(b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
         tell(f"idle: {used:.2f} s of processor time in {IDLE_SECONDS} s, {len(processes)} processes")
-        assert used < 0.2 * IDLE_SECONDS  # a process that spins uses all of a core
+        assert used < 0.01 * IDLE_SECONDS
         assert service.complete(prompt="def f(", max_tokens=4)["finish_reason"] in ("length", "stop")
