@@ -18,6 +18,7 @@ from server.limits import RequestLimits
 from server.listener import listen
 from server.logs import configure_logging
 from server.model_files import ModelFiles
+from server.model_source.config import ModelSourceConfig
 from server.options import (
     Value,
     add_options,
@@ -130,8 +131,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with options (RYZANSTEIN_CONFIG)")
     add_options(parser, "model and engine", engine_options)
-    limits = options_of(RequestLimits)
-    add_options(parser, "server", [item for item in options_of(ServerConfig) if item not in limits])
+    sources, limits = options_of(ModelSourceConfig), options_of(RequestLimits)
+    add_options(parser, "where the model comes from", sources)
+    add_options(parser, "server", [item for item in options_of(ServerConfig) if item not in (*sources, *limits)])
     add_options(parser, "most of a request", limits)
 
 

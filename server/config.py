@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
 from server.limits import RequestLimits
+from server.model_source.config import ModelSourceConfig
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
 ANY = ("*",)
@@ -15,7 +16,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig(RequestLimits):
+class ServerConfig(RequestLimits, ModelSourceConfig):
     """Where and how the API is served, and what a request may ask for.
 
     Raises:
@@ -51,7 +52,8 @@ class ServerConfig(RequestLimits):
     log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RequestLimits.__post_init__(self)
+        ModelSourceConfig.__post_init__(self)
         self._check_choices()
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be between 0 and 65535, not {self.port}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.protocol.model_directory import read_model_config
 from server.limits import INT64, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 from server.text.chat_template import SPECIAL_TOKENS
 
@@ -26,7 +27,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The contents of `config.json`, `generation_config.json` and `tokenizer_config.json`; the last two may be missing.
+    """The model's configuration, and what `generation_config.json` and `tokenizer_config.json` hold, if they are there.
 
     Raises:
         ValueError: naming the file that cannot be used.
@@ -45,7 +46,7 @@ class ModelFiles:
             raise ValueError(f"model: {directory} has no tokenizer.json")
         return cls(
             directory,
-            _read_json(directory / "config.json"),
+            read_model_config(directory)[0],
             _read_json(directory / "generation_config.json"),
             _read_json(directory / "tokenizer_config.json"),
         )

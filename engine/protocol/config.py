@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
 
@@ -32,6 +33,18 @@ def _largest(unit: str) -> int:
     return 2**48 if unit == "bytes" else 2**31 - 1
 
 
+def check_options(config: Any) -> None:
+    """Raise ValueError, naming the option, if a value of a config dataclass is none of its choices, or out of range."""
+    for item in fields(config):
+        value, name = getattr(config, item.name), item.name.replace("_", "-")
+        choices, unit = item.metadata.get("choices"), item.metadata.get("unit", "")
+        if choices and value not in choices:
+            raise ValueError(f"--{name} must be one of {', '.join(choices)}, not {value!r}")
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and not 1 <= value <= _largest(unit):
+            raise ValueError(f"--{name} must be between 1 and {_largest(unit)}, not {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that all ranks must agree on.
@@ -40,7 +53,11 @@ class EngineConfig:
         ValueError: naming the option, when a value is out of range.
     """
 
-    model: str = option(str(EMBEDDED_MODEL), "directory of a Hugging Face checkpoint; the embedded model when left out")
+    model: str = option(
+        str(EMBEDDED_MODEL),
+        "directory of a Hugging Face or a distributed checkpoint, or of one for each step (the latest is taken), or a "
+        "name on the hub such as org/name; the embedded model when left out",
+    )
     tensor_parallel_size: int = option(1, "ranks that the model is split over", short="-tp")
     device: str = option(
         "auto", "where the ranks run; auto takes CUDA when it is there", choices=("auto", "cpu", "cuda")
@@ -48,7 +65,7 @@ class EngineConfig:
     dtype: str = option(
         "auto",
         "type of weights and arithmetic; auto takes the checkpoint's",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=MODEL_DTYPES,
     )
     max_model_len: int | None = option(
         None, "longest prompt plus completion in tokens; the model's, or what the KV cache can hold, when left out"
@@ -61,19 +78,17 @@ class EngineConfig:
         None, "bytes of KV cache on each rank, such as 4GiB; sized from free memory when left out", unit="bytes"
     )
     enable_prefix_caching: bool = option(True, "keep KV blocks for prompts that begin alike")
+    mmap: bool = option(True, "map weight files into memory on CPU; otherwise they are read into it, and all at once")
+    mlock: bool = option(False, "keep mapped weights in memory, whatever else needs it (see ulimit -l)")
+    prefetch: bool = option(True, "read mapped weights ahead, in the background, rather than when they are first used")
+    verify_checksums: bool = option(False, "compare weight files with their checksums while loading")
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            choices = item.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"--{item.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
-            limit = _largest(item.metadata["unit"])
-            is_number = isinstance(value, int) and not isinstance(value, bool)
-            if is_number and not 1 <= value <= limit:
-                raise ValueError(f"--{item.name.replace('_', '-')} must be between 1 and {limit}, not {value}")
+        check_options(self)
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("--num-kv-blocks and --kv-cache-memory both size the KV cache: give one of them")
+        if self.mlock and not self.mmap:
+            raise ValueError("--mlock keeps mapped weights in memory: it has no effect with --no-mmap")
 
 
 RUN_DIR_FILES = ("control-*", "engine-*", "steps-*", "status", "spec.json")
@@ -86,6 +101,12 @@ class RankSpec:
     engine: EngineConfig
     epoch: int
     run_dir: str  # 0700 folder of the sockets of this service
+    weights: str = ""  # directory that the weights are read from, where it is not the model's own: the shard cache
+
+    @property
+    def weights_directory(self) -> Path:
+        """Where the ranks read the weights."""
+        return Path(self.weights or self.engine.model)
 
     def control_endpoint(self, rank: int) -> str:
         """Where the orchestrator listens for `rank`."""

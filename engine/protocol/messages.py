@@ -2,7 +2,7 @@
 
     server ── RequestBatch ─► rank 0 ── ScheduledStep ─► ranks 1 … N-1
     server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankStats ── ranks 1 … N-1
-    ranks ── Hello, Ready, Started, Failed ─► orchestrator ── Start ─► ranks
+    ranks ── Hello, Loading, Ready, Started, Failed ─► orchestrator ── Start ─► ranks
     orchestrator ── GroupStatus ─► server
 
 Every message carries the epoch of the rank group it belongs to; a receiver drops messages of another epoch.
@@ -196,6 +196,14 @@ class Hello(Message, frozen=True):
     config_hash: str
 
 
+class Loading(Message, frozen=True):
+    """How far a rank has come with its weights; several a second at most, and none where loading takes no time."""
+
+    rank: int
+    loaded_bytes: int
+    total_bytes: int
+
+
 class Ready(Message, frozen=True):
     """A rank has loaded. The group is ready when all fingerprints are equal."""
 
@@ -255,3 +263,5 @@ class GroupStatus(Message, frozen=True):
     memory: dict[str, int] = {}  # READY: bytes by kind, summed over the ranks
     error: str = ""  # FAILED: one line
     is_user_error: bool = False  # FAILED
+    loaded_bytes: int = 0  # STARTING: of all ranks' weights …
+    total_bytes: int = 0  # STARTING: … of so many; 0 while nobody knows

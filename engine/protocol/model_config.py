@@ -1,9 +1,10 @@
 """What `config.json` says of a model, read without torch, in the spelling of published models and of transformers 5."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from engine.protocol.model_directory import read_model_config
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # that engine.models computes
 # What transformers takes where config.json leaves a field out.
@@ -58,24 +59,22 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, model: str | Path) -> "ModelConfig":
-        """Read `config.json`.
+        """Read the configuration of the model in a directory: `config.json`, or what stands for it in `metadata.json`.
 
         Raises:
             ValueError: naming the file, or the field in it, that cannot be used.
         """
-        directory = Path(model)
-        path = directory / "config.json"
-        if not directory.is_dir():
-            raise ValueError(f"model: {directory} is not a directory")
-        if not path.is_file():
-            raise ValueError(f"model: {directory} has no config.json; is it a Hugging Face model directory?")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: holds no JSON object")
-        return _parse(raw, path)
+        raw, source = read_model_config(Path(model))
+        return cls.from_object(raw, source)
+
+    @classmethod
+    def from_object(cls, raw: dict[str, Any], source: str) -> "ModelConfig":
+        """Take what a `config.json` holds; errors say that it stands in `source`.
+
+        Raises:
+            ValueError: naming the field that cannot be used.
+        """
+        return _parse(raw, source)
 
     def check_tensor_parallel_size(self, tp_size: int) -> None:
         """Raise ValueError if the model cannot be split over `tp_size` ranks."""
@@ -108,7 +107,7 @@ class ModelConfig:
 class _Fields:
     """Reads typed fields of one JSON object and names them in errors."""
 
-    def __init__(self, raw: dict[str, Any], path: Path, prefix: str = "") -> None:
+    def __init__(self, raw: dict[str, Any], path: str, prefix: str = "") -> None:
         self._raw, self._path, self._prefix = raw, path, prefix
 
     def error(self, name: str, problem: str) -> ValueError:
@@ -140,7 +139,7 @@ class _Fields:
         return value
 
 
-def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
+def _parse(raw: dict[str, Any], path: str) -> ModelConfig:
     get = _Fields(raw, path)
     architecture = _parse_architecture(raw, get)
     _refuse_what_is_not_computed(raw, get)
@@ -224,7 +223,7 @@ def _parse_dtype(raw: dict[str, Any], get: _Fields) -> str:
     return str(value)
 
 
-def _parse_rope(raw: dict[str, Any], path: Path, max_positions: int) -> RopeConfig:
+def _parse_rope(raw: dict[str, Any], path: str, max_positions: int) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (published models).
 
     What each field falls back to, and which of two spellings wins, is what transformers does.

@@ -1,0 +1,94 @@
+"""Which directory holds a model, and what it says the model is: a Hugging Face or a distributed checkpoint.
+
+model/                         checkpoints/
+    config.json                    model-step-900/
+    tokenizer.json                 model-step-1000/
+    model.safetensors                  metadata.json             its "config" is what config.json holds
+                                       tokenizer.json
+                                       weights_rank0.safetensors …
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.json"
+METADATA_FILE = "metadata.json"
+STEP_DIRECTORY = re.compile(r"model-step-(\d+)")
+
+
+def step_directory(parent: Path, step: int) -> Path:
+    """Return where `parent` keeps the checkpoint of a step."""
+    return parent / f"model-step-{step}"
+
+
+def steps_in(parent: Path) -> list[int]:
+    """Return the steps that `parent` holds whole checkpoints of, in rising order."""
+    found = (STEP_DIRECTORY.fullmatch(path.name) for path in parent.iterdir())
+    steps = sorted(int(match[1]) for match in found if match)
+    return [step for step in steps if is_distributed(step_directory(parent, step))]
+
+
+def is_distributed(directory: Path) -> bool:
+    """Whether a directory holds a distributed checkpoint."""
+    return (directory / METADATA_FILE).is_file()
+
+
+def find_model_directory(path: str | Path, step: int | None = None) -> Path:
+    """Return the model's directory: `path` itself, or of a directory with a checkpoint for each step the latest.
+
+    Args:
+        path: a model's directory, or the parent of `model-step-N` directories.
+        step: which of these, if not the latest.
+
+    Raises:
+        ValueError: naming the directory, if it holds no such thing.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ValueError(f"model: {directory} is not a directory")
+    if step is None and (is_distributed(directory) or (directory / CONFIG_FILE).is_file()):
+        return directory
+    steps = steps_in(directory)
+    if step is not None and step not in steps:
+        raise ValueError(f"model: {directory} has no checkpoint of step {step}; {_listed(steps)}")
+    if not steps:
+        raise ValueError(
+            f"model: {directory} has neither {CONFIG_FILE} nor {METADATA_FILE}, nor any model-step-N in it"
+        )
+    return step_directory(directory, steps[-1] if step is None else step)
+
+
+def read_model_config(directory: Path) -> tuple[dict[str, Any], str]:
+    """Return the model's configuration, as `config.json` has it, and the name of where it stands, for errors.
+
+    Raises:
+        ValueError: naming the file that is missing or cannot be read.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"model: {directory} is not a directory")
+    if not is_distributed(directory):
+        path = directory / CONFIG_FILE
+        if not path.is_file():
+            raise ValueError(f"model: {directory} has no {CONFIG_FILE}; is it a Hugging Face model directory?")
+        return _read_object(path), str(path)
+    path = directory / METADATA_FILE
+    config = _read_object(path).get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: config must be an object, as in {CONFIG_FILE}")
+    return config, f"{path}: config"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
+
+
+def _listed(steps: list[int]) -> str:
+    return f"it has {', '.join(map(str, steps))}" if steps else "it has none of any step"
