@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -48,6 +48,7 @@ class EngineProcess:
         self.status_channel = Channel(self._context, None, GroupStatus)
         self.channel = Channel(self._context, self.spec.epoch, TokenBatch, StatsReport)
         self.reports: list[StatsReport] = []
+        self.statuses: list[GroupStatus] = []
         self.preemptions = 0
 
     def __enter__(self) -> Self:
@@ -84,11 +85,22 @@ class EngineProcess:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             status = self.status_channel.receive(1)
-            if isinstance(status, GroupStatus) and status.state is state:
+            if not isinstance(status, GroupStatus):
+                continue
+            self.statuses.append(status)
+            if status.state is state:
                 return status
-            if isinstance(status, GroupStatus) and status.state is GroupState.FAILED:
+            if status.state is GroupState.FAILED:
                 raise EngineFailedError(status)
         raise TimeoutError(f"the group is not {state}")
+
+    def wait_until_heard(self, condition: Callable[[GroupStatus], bool]) -> None:
+        """Wait, in another thread than the one that starts the group, until it has told of such a status."""
+        deadline = time.monotonic() + START_SECONDS
+        while not any(map(condition, self.statuses.copy())):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the group did not say so")
+            time.sleep(0.02)
 
     def submit(self, new: Iterable[Request] = (), aborted: Iterable[str] = ()) -> None:
         """Send requests and aborts."""

@@ -1,6 +1,7 @@
 """Runs one rank group: launch, handshake, watch, end."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -13,10 +14,11 @@ import zmq
 
 from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.orchestrator.launcher import RANK_COMMAND, RankProcesses, describe_exit
+from engine.orchestrator.loading import LoadingProgress
 from engine.protocol.channel import Channel
 from engine.protocol.codec import ProtocolError
 from engine.protocol.config import RUN_DIR_FILES, RankSpec
-from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Message, Ready, Started
+from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Loading, Message, Ready, Started
 from engine.protocol.model_config import ModelConfig
 
 # When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
@@ -42,9 +44,10 @@ class MultiGPUOrchestrator:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = Channel(self._context, None)
         self._controls = [
-            Channel(self._context, spec.epoch, Hello, Ready, Started, Failed) for _ in range(self._world_size)
+            Channel(self._context, spec.epoch, Hello, Loading, Ready, Started, Failed) for _ in range(self._world_size)
         ]
         self._poller = zmq.Poller()
+        self._loading = LoadingProgress()
 
     def run(self) -> int:
         """Run the group to its end and return the exit code: 0 when asked to stop, 1 when it failed."""
@@ -72,21 +75,23 @@ class MultiGPUOrchestrator:
             self._close()
 
     def _run_group(self, ranks: RankProcesses, handshake: Handshake, wakeup: socket.socket) -> int:
-        self._report(GroupState.STARTING)
-        while not self._is_asked_to_stop(wakeup):
+        self._report_starting(handshake)
+        while not self._is_asked_to_stop(wakeup, self._seconds_until_report(handshake)):
             messages = self._take_messages()
             if ranks.dead() or any(isinstance(message, Failed) for message in messages):
                 time.sleep(SETTLE_SECONDS)
                 return self._fail(*diagnose(messages + self._take_messages(), ranks))
             for message in messages:
                 self._hear(message, handshake)
+            if self._seconds_until_report(handshake) == 0:
+                self._report_starting(handshake)
         return 0
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def _is_asked_to_stop(self, wakeup: socket.socket) -> bool:
-        """Sleep until something happens; return whether that is SIGTERM or the end of standard input."""
-        ready = dict(self._poller.poll())
+    def _is_asked_to_stop(self, wakeup: socket.socket, timeout: float | None) -> bool:
+        """Sleep until something happens, or for `timeout` seconds; return whether it is SIGTERM or the end of input."""
+        ready = dict(self._poller.poll(None if timeout is None else math.ceil(timeout * 1000)))
         if wakeup.fileno() in ready and signal.SIGTERM in wakeup.recv(4096):
             return True
         if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 4096):
@@ -106,13 +111,31 @@ class MultiGPUOrchestrator:
         if isinstance(message, Hello):
             handshake.hear_hello(message)
             if handshake.all_said_hello:
-                self._report(GroupState.STARTING, handshake)
+                self._report_starting(handshake)
+        elif isinstance(message, Loading):
+            self._loading.hear(message)
         elif isinstance(message, Ready):
             handshake.hear_ready(message)
             self._start_when_loaded(handshake)
         elif isinstance(message, Started):
             handshake.hear_started(message)
             self._report_when_started(handshake)
+
+    def _seconds_until_report(self, handshake: Handshake) -> float | None:
+        """Return when the server should hear how far loading has come; None: it need not, or is past that."""
+        return None if handshake.all_started else self._loading.seconds_until_due()
+
+    def _report_starting(self, handshake: Handshake) -> None:
+        self._loading.note_report()
+        self._status.send(
+            GroupStatus(
+                epoch=self._spec.epoch,
+                state=GroupState.STARTING,
+                ranks=handshake.ranks,
+                loaded_bytes=self._loading.loaded_bytes,
+                total_bytes=self._loading.total_bytes,
+            )
+        )
 
     def _start_when_loaded(self, handshake: Handshake) -> None:
         if handshake.all_loaded:
@@ -143,10 +166,6 @@ class MultiGPUOrchestrator:
             GroupStatus(epoch=self._spec.epoch, state=GroupState.FAILED, error=error, is_user_error=is_user_error)
         )
         return 1
-
-    def _report(self, state: GroupState, handshake: Handshake | None = None) -> None:
-        ranks = [] if handshake is None else handshake.ranks
-        self._status.send(GroupStatus(epoch=self._spec.epoch, state=state, ranks=ranks))
 
     def _remove_run_dir(self) -> None:
         """Remove what this service put there: the server that made the folder is gone, or is removing it itself."""

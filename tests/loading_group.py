@@ -1,0 +1,72 @@
+"""Ranks that load by a script, under a real orchestrator and, with --serve, a real service.
+
+    python -m tests.loading_group SPEC               the orchestrator
+    python -m tests.loading_group --rank SPEC        a rank
+    python -m tests.loading_group --serve [OPTIONS]  `ryzanstein serve [OPTIONS]` with this orchestrator
+
+Rank r has (r + 1) * `UNIT` bytes to load, comes to half of it at once, and on slowly from there, until its folder, the
+variable `FOLDER_VARIABLE`, has a file: `finish`, and it becomes ready; `die`, and it is killed.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from engine.orchestrator.orchestrator import MultiGPUOrchestrator
+from engine.protocol.channel import Channel
+from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.messages import Hello, Ready, Start, Started
+from engine.worker.parent import die_with_parent
+from engine.worker.progress import LoadingReporter
+from server import cli
+from server.launch import EngineProcess
+
+UNIT = 2**30
+FOLDER_VARIABLE = "LOADING_SCRIPT"
+COMMAND = (sys.executable, "-m", "tests.loading_group")
+
+
+def be_rank(spec: RankSpec, rank: int) -> None:
+    die_with_parent()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    control = Channel(context, spec.epoch, Start)
+    control.connect(spec.control_endpoint(rank))
+    control.send(Hello(spec.epoch, rank, os.getpid(), "here", "cpu", config_hash(spec.engine)))
+    load(LoadingReporter(control, spec.epoch, rank), (rank + 1) * UNIT)
+    control.send(Ready(spec.epoch, rank, "same", 64, 1, {}))
+    control.receive()
+    control.send(Started(spec.epoch, rank))
+    time.sleep(300)
+
+
+def load(report: LoadingReporter, total_bytes: int) -> None:
+    folder, loaded_bytes = Path(os.environ[FOLDER_VARIABLE]), total_bytes // 2
+    while not (folder / "finish").exists():
+        if (folder / "die").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        report(loaded_bytes, total_bytes)
+        loaded_bytes = min(loaded_bytes + 2**16, total_bytes - 1)
+        time.sleep(0.02)
+    report(total_bytes, total_bytes)
+
+
+def serve(arguments: list[str]) -> int:
+    start = EngineProcess._start
+    EngineProcess._start = lambda self, _, stdout: start(self, COMMAND, stdout)  # type: ignore[method-assign, assignment]
+    return cli.main(["serve", *arguments])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        sys.exit(serve(sys.argv[2:]))
+    spec = msgspec.json.decode(Path(sys.argv[-1]).read_bytes(), type=RankSpec)
+    if sys.argv[1] == "--rank":
+        be_rank(spec, int(os.environ["RANK"]))
+    else:
+        command = (*COMMAND, "--rank")
+        sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), rank_command=command).run())
