@@ -111,6 +111,9 @@ class Metrics:
         self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.")
         self._ready = self._gauge("engine_ready", "1 while the engine takes requests.")
         self._epoch = self._gauge("engine_epoch", "Epoch of the rank group; each restart begins a new one.")
+        self._weights_loaded = self._gauge(
+            "weights_loaded_ratio", "Share of the weights that has been loaded; 1 once the engine is ready."
+        )
         self._rank_memory = Gauge(
             "ryzanstein_rank_memory_bytes", "Memory of one rank.", ("rank", "kind"), registry=self.registry
         )
@@ -134,6 +137,8 @@ class Metrics:
         ready = status.state is GroupState.READY
         self._ready.set(ready)
         self._epoch.set(status.epoch)
+        if status.state is not GroupState.FAILED:
+            self._weights_loaded.set(_loaded_ratio(status))
         if ready:
             self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)
         else:
@@ -167,3 +172,10 @@ class Metrics:
             self._rank_memory.labels(rank=str(stats.rank), kind=kind).set(size)
         for operation, delta in stats.collectives.items():
             self._collectives.add(operation, stats.rank, delta)
+
+
+def _loaded_ratio(status: GroupStatus) -> float:
+    """Return the share of the weights that the group of `status` has loaded; 0 while nobody knows."""
+    if status.state is GroupState.READY:
+        return 1.0
+    return status.loaded_bytes / status.total_bytes if status.total_bytes else 0.0

@@ -16,6 +16,7 @@ from server.credentials import Credentials
 from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.launch import EngineProcess
+from server.loading_progress import LoadingProgress
 from server.metrics import Metrics
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal
@@ -42,6 +43,7 @@ async def _serve(
     metrics = Metrics()
     client = EngineClient(context, metrics)
     ready = asyncio.Event()
+    loading = LoadingProgress(sys.stderr)
 
     def announce(status: GroupStatus) -> None:
         ready.set()
@@ -51,12 +53,13 @@ async def _serve(
     app = create_app(Service(model, client, metrics, config), config, credentials)
     http = HTTPServer(app, config, credentials)
     serving = asyncio.create_task(http.serve([listener]))
-    supervising = asyncio.create_task(Supervisor(context, process, client, announce).run())
+    supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
     try:
         await asyncio.wait((serving, supervising, stopping), return_when=asyncio.FIRST_COMPLETED)
         failure = supervising.result() if supervising.done() else None
         await client.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
     finally:
+        loading.close()
         supervising.cancel()
         http.stop()
         await asyncio.gather(serving, supervising, in_daemon_thread(process.stop), return_exceptions=True)

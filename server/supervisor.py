@@ -22,7 +22,8 @@ class Supervisor:
         context: makes the status channel's socket.
         process: the orchestrator.
         client: is connected when the group is READY.
-        on_ready: is called after that.
+        on_status: is called with each status.
+        on_ready: is called after that, with the one that says READY.
     """
 
     def __init__(
@@ -30,10 +31,12 @@ class Supervisor:
         context: zmq.asyncio.Context,
         process: EngineProcess,
         client: EngineClient,
+        on_status: Callable[[GroupStatus], None],
         on_ready: Callable[[GroupStatus], None],
     ) -> None:
         self._process = process
         self._client = client
+        self._on_status = on_status
         self._on_ready = on_ready
         self._channel = StatusChannel(context, process.spec.status_endpoint)
 
@@ -63,6 +66,7 @@ class Supervisor:
             except ProtocolError as error:
                 return self._fail(f"the orchestrator does not make sense: {error}")
             assert isinstance(status, GroupStatus)
+            self._on_status(status)
             if status.state is GroupState.READY:
                 self._client.connect(status)
                 self._on_ready(status)

@@ -12,7 +12,7 @@ StopReason = Annotated[str | int | None, Field(description="The stop string or t
 PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 T = TypeVar("T")
-IfAsked = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+IfThere = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 
 
 class ErrorDetail(BaseModel):
@@ -53,9 +53,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None = None
     finish_reason: Reason
     stop_reason: StopReason = None
-    token_ids: IfAsked[list[int]] = None
-    prompt_token_ids: IfAsked[list[int]] = None
-    prompt_logprobs: IfAsked[PromptLogprobs] = None
+    token_ids: IfThere[list[int]] = None
+    prompt_token_ids: IfThere[list[int]] = None
+    prompt_logprobs: IfThere[PromptLogprobs] = None
 
 
 class CompletionResponse(BaseModel):
@@ -85,7 +85,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: Reason
     stop_reason: StopReason = None
-    token_ids: IfAsked[list[int]] = None
+    token_ids: IfThere[list[int]] = None
 
 
 class ChatCompletionResponse(BaseModel):
@@ -97,8 +97,8 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: UsageCounts
-    prompt_token_ids: IfAsked[list[int]] = None
-    prompt_logprobs: IfAsked[PromptLogprobs] = None
+    prompt_token_ids: IfThere[list[int]] = None
+    prompt_logprobs: IfThere[PromptLogprobs] = None
 
 
 class ModelCard(BaseModel):
@@ -128,12 +128,14 @@ class RankPlace(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Answer of `GET /ready`."""
+    """Answer of `GET /ready`; the bytes are those of all ranks' weights, shown while they are being loaded."""
 
     state: Literal["STARTING", "READY", "FAILED"]
     epoch: int
     ranks: list[RankPlace]
     error: str | None = None
+    loaded_bytes: IfThere[int] = None
+    total_bytes: IfThere[int] = None
 
 
 class Health(BaseModel):

@@ -28,7 +28,10 @@ async def ready(service: ServiceOf, response: Response) -> Readiness:
     status = service.engine.status
     response.status_code = 200 if status.state is GroupState.READY else 503
     ranks = [RankPlace(rank=rank.rank, pid=rank.pid, host=rank.host, device=rank.device) for rank in status.ranks]
-    return Readiness(state=status.state.value, epoch=status.epoch, ranks=ranks, error=status.error or None)
+    readiness = Readiness(state=status.state.value, epoch=status.epoch, ranks=ranks, error=status.error or None)
+    if status.state is GroupState.STARTING and status.total_bytes:
+        readiness.loaded_bytes, readiness.total_bytes = status.loaded_bytes, status.total_bytes
+    return readiness
 
 
 @router.get("/version", summary="Version of the service")

@@ -49,6 +49,38 @@ def test_readiness_shows_why_the_engine_failed(model: Path) -> None:
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_loading_shows_in_readiness_and_in_a_gauge(model: Path) -> None:
+    gauge = "weights_loaded_ratio"
+    with running_server(model, ready=False) as server:
+
+        def hear(status: GroupStatus) -> None:
+            server.call(lambda: server.client.set_status(status))
+
+        assert metric(server, gauge) == 0
+        hear(GroupStatus(epoch=1, state=GroupState.STARTING))
+        assert "total_bytes" not in httpx.get(f"{server.url}/ready").json()
+        hear(GroupStatus(epoch=1, state=GroupState.STARTING, loaded_bytes=300, total_bytes=400))
+        readiness = httpx.get(f"{server.url}/ready")
+        assert readiness.status_code == 503
+        assert readiness.json() == {
+            "state": "STARTING",
+            "epoch": 1,
+            "ranks": [],
+            "error": None,
+            "loaded_bytes": 300,
+            "total_bytes": 400,
+        }
+        assert metric(server, gauge) == 0.75
+        hear(GroupStatus(epoch=1, state=GroupState.FAILED, error="no more"))
+        assert metric(server, gauge) == 0.75
+        hear(GroupStatus(epoch=2, state=GroupState.STARTING))
+        assert metric(server, gauge) == 0
+
+
+def test_all_is_loaded_when_the_engine_is_ready(idle_server: RunningServer) -> None:
+    assert metric(idle_server, "weights_loaded_ratio") == 1
+
+
 @pytest.mark.parametrize(("is_ready", "status"), [(True, 200), (False, 503)])
 def test_health_and_readiness_answer_head_without_a_body(model: Path, is_ready: bool, status: int) -> None:
     with running_server(model, ready=is_ready) as server:
