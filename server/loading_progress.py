@@ -86,6 +86,7 @@ class _Bar:
             self._began, self._loaded_then = now, loaded_bytes
             for handler in logging.getLogger().handlers:
                 handler.addFilter(self._make_room)
+        sizes = f"{format_bytes(loaded_bytes)} of {format_bytes(total_bytes)}"
         bar = tqdm.format_meter(
             loaded_bytes,
             total_bytes,
@@ -95,8 +96,8 @@ class _Bar:
             ascii=not self._stream.encoding.lower().startswith("utf"),
             unit="B",
             unit_scale=True,
-            unit_divisor=1024,
             initial=self._loaded_then,
+            bar_format=f"{{l_bar}}{{bar}}| {sizes} [{{elapsed}}<{{remaining}}, {{rate_fmt}}]",
         )
         with self._lock:
             self._write(f"{ERASE_BELOW}\n{bar}{UP}")
