@@ -5,7 +5,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from engine.protocol.config import EngineConfig
@@ -19,6 +22,7 @@ from server.listener import listen
 from server.logs import configure_logging
 from server.model_files import ModelFiles
 from server.model_source.config import ModelSourceConfig
+from server.model_source.resolve import resolve
 from server.options import (
     Value,
     add_options,
@@ -160,10 +164,10 @@ def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) ->
     check_open_files()
     credentials = Credentials.load(server)
     with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
-        model_config = ModelConfig.from_directory(engine.model)
-        model_config.check_tensor_parallel_size(engine.tensor_parallel_size)
-        model_config.check_max_model_len(engine.max_model_len)
-        files = ModelFiles.read(engine.model)
+        name = server.model_name(engine.model)
+        engine = replace(engine, model=str(resolve(engine.model, server, partial(_read_model, engine))))
+        model_config, files = _read_model(engine, Path(engine.model))
+        server = replace(server, served_model_name=name)
         with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it
             process = EngineProcess(engine)
             ending.callback(process.stop)
@@ -172,6 +176,14 @@ def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) ->
         from server.service import TextModel  # noqa: PLC0415
 
         return run(listener, process, TextModel.load(files, server, model_config), server, credentials)
+
+
+def _read_model(engine: EngineConfig, directory: Path) -> tuple[ModelConfig, ModelFiles]:
+    """Read what of a model is small, and check that it can be served as asked for."""
+    config = ModelConfig.from_directory(directory)
+    config.check_tensor_parallel_size(engine.tensor_parallel_size)
+    config.check_max_model_len(engine.max_model_len)
+    return config, ModelFiles.read(str(directory))
 
 
 def _doctor(engine: EngineConfig, server: ServerConfig, namespace: argparse.Namespace) -> int:

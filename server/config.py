@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
 from server.limits import RequestLimits
-from server.model_source.config import ModelSourceConfig
+from server.model_source.config import ModelSourceConfig, is_hub_name
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
 ANY = ("*",)
@@ -26,7 +26,9 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 takes requests from other machines")
     port: int = option(8000, "TCP port to listen on; 0 picks a free one")
     root_path: str = option("", "path under which a proxy that strips it shows the service, such as /llm")
-    served_model_name: str | None = option(None, "the model's name in the API; the directory's name when left out")
+    served_model_name: str | None = option(
+        None, "the model's name in the API; its directory's or the hub's when left out"
+    )
     chat_template: str | None = option(None, "file with a Jinja chat template to use instead of the model's own")
     seed: int | None = option(
         None, "makes requests without a seed repeatable: theirs are drawn from this one, in order of arrival"
@@ -96,9 +98,11 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
                     raise ValueError(f"--{name.replace('_', '-')} has no effect without --allowed-origins")
 
     def model_name(self, model: str) -> str:
-        """Return the name under which the API offers the model in directory `model`."""
+        """Return the name under which the API offers `model`, which is a directory or a name on the hub."""
         if self.served_model_name is not None:
             return self.served_model_name
+        if is_hub_name(model) and not Path(model).is_dir():
+            return model
         if Path(model).resolve() == EMBEDDED_MODEL.resolve():
             return EMBEDDED_MODEL_NAME
         # As it is written: a link is often the name, and what it leads to a hash.

@@ -18,6 +18,7 @@ from server.options import ENVIRONMENT_PREFIX
 
 ORCHESTRATOR = (sys.executable, "-P", "-m", "engine.orchestrator")
 LONGEST_RUN_DIR = 70  # bytes; the sockets in it have names, and their paths end at 107
+HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")  # that its library reads
 STOP_SECONDS = 2.5  # for an orderly end, before everything is killed
 
 
@@ -28,16 +29,25 @@ class EngineProcess:
     """
 
     def __init__(
-        self, engine: EngineConfig, command: Sequence[str] = ORCHESTRATOR, *, stdout: int | IO[str] | None = None
+        self,
+        engine: EngineConfig,
+        command: Sequence[str] = ORCHESTRATOR,
+        *,
+        weights: Path | None = None,
+        stdout: int | IO[str] | None = None,
     ) -> None:
         """Start `command`, with the path of the spec appended; its standard output goes where errors go, or `stdout`.
+
+        The ranks read the weights in directory `weights`, or in the model's own.
 
         Raises:
             ValueError: if no folder for its sockets can be made.
         """
         self.run_dir = _make_run_dir()
         self._is_stopped = False
-        self.spec = RankSpec(engine=engine, epoch=1, run_dir=str(self.run_dir))
+        self.spec = RankSpec(
+            engine=engine, epoch=1, run_dir=str(self.run_dir), weights="" if weights is None else str(weights)
+        )
         try:
             self._process = self._start(command, sys.stderr if stdout is None else stdout)
         except BaseException:
@@ -49,7 +59,7 @@ class EngineProcess:
         spec_path.write_bytes(msgspec.json.encode(self.spec))
         return subprocess.Popen(
             [*command, str(spec_path)],
-            env=_environment(),
+            env=engine_environment(),
             stdin=subprocess.PIPE,
             stdout=stdout,
             start_new_session=True,
@@ -86,9 +96,14 @@ class EngineProcess:
         shutil.rmtree(self.run_dir, ignore_errors=True)
 
 
-def _environment() -> dict[str, str]:
-    """Return ours without options: the engine's are in its spec, and the server's hold secrets."""
+def inherited_environment() -> dict[str, str]:
+    """Return ours without options: processes that are started here are told theirs, and the server's hold secrets."""
     return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+
+
+def engine_environment() -> dict[str, str]:
+    """Return `inherited_environment` without what only a download needs to know."""
+    return {name: value for name, value in inherited_environment().items() if name not in HUB_SECRETS}
 
 
 def _make_run_dir() -> Path:

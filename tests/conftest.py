@@ -1,5 +1,7 @@
 """Options and fixtures of the whole suite."""
 
+import os
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = []
+    caches = tempfile.TemporaryDirectory(prefix="ryzanstein-test-caches-")  # what tests start writes nothing at home
+    config.add_cleanup(caches.cleanup)
+    os.environ["RYZANSTEIN_SHARD_CACHE_DIR"] = f"{caches.name}/shards"
+    os.environ["HF_HOME"] = f"{caches.name}/huggingface"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
