@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine.checkpoint.huggingface import weight_files
 from engine.parallel.base import iterate_sharded_parameters
 from engine.protocol.model_config import ModelConfig
+from engine.protocol.model_directory import METADATA_FILE, is_distributed
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -22,8 +23,9 @@ LENGTH_BYTES = 8  # a safetensors file begins with its header's length, little-e
 def fingerprint(model: nn.Module, directory: Path, config: ModelConfig) -> str:
     """Return a hash that ranks share only if they run the same model from the same files, as hexadecimal SHA-256.
 
-    It covers the configuration; the name, size and header of each weights file; and the values of the parameters that
-    every rank holds whole, after they were loaded. Of the other weights it covers no values.
+    It covers the configuration; the name, size and header of each weights file, or a distributed checkpoint's metadata;
+    and the values of the parameters that every rank holds whole, after they were loaded. Of the other weights it covers
+    no values.
 
     Args:
         model: the rank's loaded shard.
@@ -35,9 +37,12 @@ def fingerprint(model: nn.Module, directory: Path, config: ModelConfig) -> str:
     """
     digest = hashlib.sha256()
     _add(digest, "config", json.dumps(asdict(config), sort_keys=True).encode())
-    for path in weight_files(directory):
-        size = path.stat().st_size
-        _add(digest, f"{path.name} {size}", _read_header(path, size))
+    if is_distributed(directory):  # says all of its files' names, sizes and checksums
+        _add(digest, METADATA_FILE, (directory / METADATA_FILE).read_bytes())
+    else:
+        for path in weight_files(directory):
+            size = path.stat().st_size
+            _add(digest, f"{path.name} {size}", _read_header(path, size))
     for name, parameter, spec in iterate_sharded_parameters(model):
         if spec.dim is None:
             _add(digest, f"{name} {parameter.dtype} {list(parameter.shape)}", _bytes_of(parameter))

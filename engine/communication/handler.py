@@ -1,5 +1,7 @@
 """Timed collectives among the ranks of one group."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +25,11 @@ class CommunicationHandler:
         self.world_size = 1 if process_group is None else process_group.size()
         self._group = process_group
         self._timer: Timer = CudaTimer() if device.type == "cuda" else HostTimer()
+
+    @property
+    def store(self) -> Any:
+        """What the ranks share beside collectives: texts by key. None where there is one rank."""
+        return None if self._group is None else self._group.get_group_store()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum the contiguous `tensor` over the ranks, in place, and return it."""
@@ -82,6 +89,13 @@ class CommunicationHandler:
         if size % self.world_size:
             raise ValueError(f"dimension {dim} of size {size} cannot be split evenly over {self.world_size} ranks")
         return tensor.tensor_split(self.world_size, dim)
+
+    @classmethod
+    def place(cls, rank: int, world_size: int, device: torch.device) -> "CommunicationHandler":
+        """Return a rank's place in a group that nobody has joined, for layers that are laid out and never computed."""
+        group = cls(device)
+        group.rank, group.world_size = rank, world_size
+        return group
 
     def take_deltas(self) -> dict[str, HistogramDelta]:
         """Return the collectives' times in seconds since the last take, by operation, as `/metrics` adds them up."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.huggingface import WeightFiles, header_problems, value_problems, weight_files
+from engine.checkpoint.problems import header_problems, value_problems
+from engine.checkpoint.sources import open_source
 from engine.communication.handler import CommunicationHandler
 from engine.doctor.software import CPUINFO, cpu_flags, has_half_precision
 from engine.doctor.subject import Subject
@@ -83,8 +84,8 @@ def _files(subject: Subject) -> Finding:
     directory = Path(subject.engine.model)
     if not directory.is_dir():
         raise MissingBasisError("a model directory")
-    with WeightFiles(directory):
-        paths = weight_files(directory)
+    with open_source(directory) as source:
+        paths = source.open_all()
     subject.are_files_whole = True
     total = sum(path.stat().st_size for path in paths)
     return ok(f"{len(paths)} whole safetensors file(s), {format_bytes(total)}")
@@ -94,7 +95,8 @@ def _tensors(subject: Subject) -> Finding:
     model = _whole_model(subject)
     if not subject.are_files_whole:
         raise MissingBasisError("whole weight files")
-    problems = list(islice(header_problems(model, Path(subject.engine.model)), SHOWN_PROBLEMS + 1))
+    with open_source(Path(subject.engine.model)) as source:
+        problems = list(islice(header_problems(model, source), SHOWN_PROBLEMS + 1))
     if problems:
         more = ["…"] if len(problems) > SHOWN_PROBLEMS else []
         return failure("; ".join(problems[:SHOWN_PROBLEMS] + more), "download the model again, all from one revision")
@@ -106,7 +108,8 @@ def _tensors(subject: Subject) -> Finding:
 def _values(subject: Subject) -> Finding:
     if not subject.are_weights_whole:
         raise MissingBasisError("whole weights")
-    problems = list(islice(value_problems(_whole_model(subject), Path(subject.engine.model)), 1))
+    with open_source(Path(subject.engine.model)) as source:
+        problems = list(islice(value_problems(_whole_model(subject), source), 1))
     if problems:
         return failure(problems[0])
     return ok("tied tensors are equal, and what float16 would round fits it, where there are such")
@@ -136,7 +139,8 @@ def _page_cache(subject: Subject) -> Finding:
     """Ask which of the weights are in memory already; where they are not, measure what reads them."""
     if not subject.are_weights_whole:
         raise MissingBasisError("whole weights")
-    paths = weight_files(Path(subject.engine.model))
+    with open_source(Path(subject.engine.model)) as source:
+        paths = source.open_all()
     share = cached_share(paths)
     if share is None:
         return skipped("the file system does not tell")

@@ -5,13 +5,14 @@ import os
 import signal
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import zmq
 
 from engine.checkpoint.fingerprint import fingerprint
-from engine.checkpoint.huggingface import load_weights
+from engine.checkpoint.loader import ModelLoadConfig
+from engine.checkpoint.mapped_memory import MappedMemory
+from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
 from engine.models.llama import LlamaForCausalLM
@@ -27,6 +28,7 @@ from engine.worker.follower import Follower
 from engine.worker.leader import Leader
 from engine.worker.model_runner import ModelRunner
 from engine.worker.parent import die_with_parent
+from engine.worker.progress import LoadingReporter
 from engine.worker.statistics import RankStatistics, process_memory
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class _Shard:
     dtype: torch.dtype
     num_kv_heads: int  # of this rank
     weight_bytes: int
+    mapped: MappedMemory  # the files that weights are views of
 
 
 def run_rank(spec: RankSpec) -> int:
@@ -92,18 +95,18 @@ def _set_up(
     control.send(hello(spec, rank, device))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
     group = ProcessGroupManager(device).tensor_parallel
-    shard = _load(spec, group, device)
+    shard = _load(spec, group, device, control)
     start = _agree(spec, group, shard, control)
     return _make_loop(spec, group, shard, start, context)
 
 
-def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> _Shard:
-    directory = Path(spec.engine.model)
-    config = ModelConfig.from_directory(directory)
+def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device, control: Channel) -> _Shard:
+    config = ModelConfig.from_directory(spec.engine.model)
     config.check_tensor_parallel_size(group.world_size)
     dtype = choose_dtype(spec.engine, config)
     model = build_model(config, group, device=device, dtype=dtype)
-    load_weights(model, directory, group.rank, group.world_size)
+    distributor = ModelDistributor(group, _load_config(spec), LoadingReporter(control, spec.epoch, group.rank))
+    report = distributor.load_model(model, spec.weights_directory)
     return _Shard(
         config=config,
         model=model,
@@ -111,6 +114,18 @@ def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device) -> 
         dtype=dtype,
         num_kv_heads=config.local_kv_heads(group.world_size),
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        mapped=report.memory,
+    )
+
+
+def _load_config(spec: RankSpec) -> ModelLoadConfig:
+    return ModelLoadConfig(
+        checkpoint_dir=spec.weights_directory,
+        tp_size=spec.engine.tensor_parallel_size,
+        use_memory_map=spec.engine.mmap,
+        lock_memory=spec.engine.mlock,
+        enable_prefetch=spec.engine.prefetch,
+        verify_checksums=spec.engine.verify_checksums,
     )
 
 
@@ -131,7 +146,7 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
         Ready(
             epoch=spec.epoch,
             rank=group.rank,
-            fingerprint=fingerprint(shard.model, Path(spec.engine.model), shard.config),
+            fingerprint=fingerprint(shard.model, spec.weights_directory, shard.config),
             num_kv_blocks=num_kv_blocks,
             kv_block_bytes=kv_block_bytes,
             memory={"weights": shard.weight_bytes, **process_memory(shard.device)},
@@ -168,7 +183,7 @@ def _make_loop(
     )
     kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in kv_caches)
     memory = {"weights": shard.weight_bytes, "kv_cache": kv_bytes}
-    statistics = RankStatistics(group, memory, epoch=spec.epoch)
+    statistics = RankStatistics(group, memory, shard.mapped, epoch=spec.epoch)
     if group.rank == 0:
         return _make_leader(spec, group, shard, start, context, runner, statistics)
     steps = Channel(context, spec.epoch, ScheduledStep)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.mapped_memory import MappedMemory
 from engine.communication.handler import CommunicationHandler
 from engine.protocol.messages import RankStats
 
@@ -15,9 +16,12 @@ REPORT_INTERVAL = 1.0  # seconds
 class RankStatistics:
     """Decides when a report is due: an interval after the last one, and only after work was done."""
 
-    def __init__(self, group: CommunicationHandler, memory: dict[str, int], *, epoch: int) -> None:
+    def __init__(
+        self, group: CommunicationHandler, memory: dict[str, int], mapped: MappedMemory, *, epoch: int
+    ) -> None:
         self._group = group
         self._fixed_memory = memory  # weights and KV cache, which do not change
+        self._mapped = mapped
         self._epoch = epoch
         self._last = 0.0
         self._has_news = True  # where the memory went, from the start
@@ -40,8 +44,12 @@ class RankStatistics:
             epoch=self._epoch,
             rank=self._group.rank,
             collectives=self._group.take_deltas(),
-            memory={**self._fixed_memory, **process_memory(self._group.device)},
+            memory={**self._fixed_memory, **self._resident_weights(), **process_memory(self._group.device)},
         )
+
+    def _resident_weights(self) -> dict[str, int]:
+        """How much of the weights is in memory: all, but where they are views of mapped files."""
+        return {"weights_resident": round(self._fixed_memory["weights"] * self._mapped.resident_share())}
 
 
 def process_memory(device: torch.device) -> dict[str, int]:

@@ -13,7 +13,7 @@ from engine.attention.base import AttentionMetadata, KVCache
 from engine.attention.dense import DenseCausalAttention
 from engine.attention.rotary import inverse_frequencies
 from engine.attention.torch_paged import PagedAttention
-from engine.checkpoint.huggingface import load_weights
+from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import MODEL_CLASSES, build_model
@@ -44,7 +44,7 @@ def token_ids_of(vocab_size: int) -> list[list[int]]:
 def load(group: CommunicationHandler, directory: Path) -> tuple[LlamaForCausalLM, ModelConfig]:
     config = ModelConfig.from_directory(directory)
     model = build_model(config, group, device=CPU, dtype=torch.float32)
-    load_weights(model, directory, group.rank, group.world_size)
+    ModelDistributor(group).load_model(model, directory)
     return model, config
 
 

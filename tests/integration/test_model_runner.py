@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.huggingface import load_weights
+from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
 from engine.protocol.messages import PromptLogprobs, ScheduledRow, ScheduledStep, TokenLogprobs
@@ -40,7 +40,7 @@ def runner(checkpoint: Path) -> ModelRunner:
     config = ModelConfig.from_directory(checkpoint)
     group = CommunicationHandler(CPU)
     model = build_model(config, group, device=CPU, dtype=torch.float32)
-    load_weights(model, checkpoint, 0, 1)
+    ModelDistributor(group).load_model(model, checkpoint)
     kv_caches = kv_tensors.allocate(
         config,
         num_blocks=NUM_BLOCKS,

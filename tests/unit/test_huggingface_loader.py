@@ -2,19 +2,19 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.checkpoint import huggingface
+from engine.checkpoint.distributor import WeightDistributor
 from engine.checkpoint.fingerprint import fingerprint
-from engine.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE, header_problems, load_weights, value_problems
+from engine.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceFiles
+from engine.checkpoint.problems import header_problems, value_problems
+from engine.checkpoint.staging import Stager
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
 from engine.parallel.base import ShardSpec, TensorParallelLayer, split_evenly
@@ -38,11 +38,15 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
 
 
+def load(model: nn.Module, directory: Path, rank: int, size: int) -> int:
+    """Fill a rank's model and return the bytes that were read."""
+    with HuggingFaceFiles(directory) as files:
+        WeightDistributor(rank, size, Stager(CPU)).fill(model, files)
+        return files.bytes_read
+
+
 def rank_of(rank: int, size: int) -> CommunicationHandler:
-    """One rank's place in a group, for layers that only hold weights here and never meet the others."""
-    group = CommunicationHandler(CPU)
-    group.rank, group.world_size = rank, size
-    return group
+    return CommunicationHandler.place(rank, size, CPU)
 
 
 def empty_shard(directory: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -58,7 +62,7 @@ def loaded_shard(
 ) -> dict[str, Tensor]:
     model = empty_shard(directory, rank, size, dtype)
     assert problems_of(directory, dtype) == []
-    load_weights(model, directory, rank, size)
+    load(model, directory, rank, size)
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
 
@@ -133,7 +137,7 @@ def write_index(directory: Path, index: object) -> None:
 
 def error_of(directory: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        load_weights(empty_shard(directory, rank, size, dtype), directory, rank, size)
+        load(empty_shard(directory, rank, size, dtype), directory, rank, size)
     assert "\n" not in str(caught.value)
     assert str(caught.value) in problems_of(directory, dtype)  # told beforehand, too
     return str(caught.value)
@@ -144,7 +148,8 @@ def problems_of(directory: Path, dtype: torch.dtype = torch.float32) -> list[str
     config = ModelConfig.from_directory(directory)
     model = build_model(config, rank_of(0, 1), device=torch.device("meta"), dtype=dtype)
     try:
-        return list(header_problems(model, directory)) or list(value_problems(model, directory))
+        with HuggingFaceFiles(directory) as files:
+            return list(header_problems(model, files)) or list(value_problems(model, files))
     except ValueError as error:
         return [str(error)]
 
@@ -201,7 +206,7 @@ def test_tied_embeddings_load_once_and_stay_tied(tmp_path: Path) -> None:
     tensors = load_file(directory / SINGLE_FILE)
     assert "lm_head.weight" not in tensors
     model = empty_shard(directory, 1, 2)
-    load_weights(model, directory, 1, 2)
+    load(model, directory, 1, 2)
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
     expected = padded_run(tensors["model.embed_tokens.weight"], 0, 1, 2)
     assert torch.equal(model.get_parameter("lm_head.weight").data, expected)
@@ -233,73 +238,20 @@ def test_rotary_frequencies_in_the_file_are_passed_over(directory: Path) -> None
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-class CountingFile:
-    """A safetensors file that counts the bytes it hands out."""
-
-    def __init__(self, file: AbstractContextManager[Any], counted: list[int]) -> None:
-        self._context, self._counted = file, counted
-
-    def __enter__(self) -> Self:
-        self._file = self._context.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)  # type: ignore[arg-type]  # what came in goes out
-
-    def keys(self) -> Any:
-        return self._file.keys()
-
-    def get_slice(self, name: str) -> "CountingSlice":
-        return CountingSlice(self._file.get_slice(name), self._counted)
-
-
-class CountingSlice:
-    """One of its tensors."""
-
-    def __init__(self, tensor: Any, counted: list[int]) -> None:
-        self._tensor, self._counted = tensor, counted
-
-    def get_dtype(self) -> Any:
-        return self._tensor.get_dtype()
-
-    def get_shape(self) -> Any:
-        return self._tensor.get_shape()
-
-    def __getitem__(self, index: Any) -> Tensor:
-        values: Tensor = self._tensor[index]
-        self._counted.append(values.nbytes)
-        return values
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of all slices read since the test began."""
-    sizes: list[int] = []
-
-    def open_counting(*arguments: Any, **options: Any) -> CountingFile:
-        return CountingFile(safetensors.safe_open(*arguments, **options), sizes)
-
-    monkeypatch.setattr(huggingface, "safe_open", open_counting)
-    return sizes
-
-
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_a_rank_reads_as_many_bytes_as_its_shard_has_without_padding(
-    directory: Path, size: int, counted: list[int]
-) -> None:
+def test_a_rank_reads_as_many_bytes_as_its_shard_has_without_padding(directory: Path, size: int) -> None:
     tensors = load_file(directory / SINGLE_FILE)
     for rank in range(size):
-        counted.clear()
-        loaded_shard(directory, rank, size)
+        bytes_read = load(empty_shard(directory, rank, size), directory, rank, size)
         ones = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
         used = sum(int(t.sum()) for t in expected_shard(ones, rank, size, kv_heads=2).values())
-        assert sum(counted) == 4 * used
+        assert bytes_read == 4 * used
 
 
-def test_tied_embeddings_are_read_once(tmp_path: Path, counted: list[int]) -> None:
+def test_tied_embeddings_are_read_once(tmp_path: Path) -> None:
     directory = random_llama(tmp_path / "model", seed=1, **{**SHAPE, "tie_word_embeddings": True})
-    loaded_shard(directory)
-    assert sum(counted) == sum(tensor.nbytes for tensor in load_file(directory / SINGLE_FILE).values())
+    stored = load_file(directory / SINGLE_FILE)
+    assert load(empty_shard(directory), directory, 0, 1) == sum(tensor.nbytes for tensor in stored.values())
 
 
 class Rows(TensorParallelLayer):
@@ -322,7 +274,7 @@ def test_the_other_ranks_rows_never_come_into_memory(tmp_path: Path) -> None:
         file.truncate(8 + len(header) + nbytes)
     layer = Rows(rank_of(40, size), rows, columns)
     before = resident_bytes()
-    load_weights(layer, tmp_path, 40, size)
+    load(layer, tmp_path, 40, size)
     assert peak_resident_bytes() - before < nbytes // 4
     assert int(layer.weight.count_nonzero()) == 0
 
@@ -476,7 +428,7 @@ def test_an_index_without_a_weight_map_is_refused(directory: Path, content: str)
 
 def fingerprint_of(directory: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> str:
     model = empty_shard(directory, rank, size, dtype)
-    load_weights(model, directory, rank, size)
+    load(model, directory, rank, size)
     return fingerprint(model, directory, ModelConfig.from_directory(directory))
 
 

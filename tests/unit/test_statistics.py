@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint.mapped_memory import MappedMemory
 from engine.communication.handler import CommunicationHandler
 from engine.protocol.messages import RankStats
 from engine.worker.statistics import REPORT_INTERVAL, RankStatistics, process_memory
@@ -33,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def make_statistics() -> RankStatistics:
-    return RankStatistics(CommunicationHandler(CPU), FIXED, epoch=3)
+    return RankStatistics(CommunicationHandler(CPU), FIXED, MappedMemory([]), epoch=3)
 
 
 @pytest.mark.usefixtures("clock")
@@ -77,7 +78,7 @@ def test_the_next_interval_begins_when_a_report_is_taken(clock: Clock) -> None:
 
 def reports_after_work(group: CommunicationHandler) -> list[RankStats]:
     """Report after three collectives, after one more, and after none."""
-    statistics = RankStatistics(group, FIXED, epoch=3)
+    statistics = RankStatistics(group, FIXED, MappedMemory([]), epoch=3)
     reports = []
     for num_collectives in (3, 1, 0):
         for _ in range(num_collectives):
@@ -96,7 +97,7 @@ def test_collectives_are_counted_once_each_by_the_rank_that_took_part() -> None:
 
 def test_a_report_has_the_fixed_memory_and_what_the_process_takes_now() -> None:
     memory = make_statistics().take().memory
-    assert set(memory) == {"weights", "kv_cache", "resident"}
+    assert set(memory) == {"weights", "weights_resident", "kv_cache", "resident"}
     assert {kind: memory[kind] for kind in FIXED} == FIXED
 
 

@@ -1,0 +1,87 @@
+"""Brings the slices of a checkpoint's tensors to the ranks whose layers declare them."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint.source import TensorSource
+from engine.checkpoint.staging import Stager
+from engine.checkpoint.targets import Piece, Target, targets_of
+
+
+class WeightDistributor:
+    """Fills one rank's model from a checkpoint of any form, cut in any way.
+
+    What to read follows from each layer's `ShardSpec`: the rank's run of rows (row parallel), of columns or biases
+    (column parallel), of a vocabulary, of heads, one after the other where parts are fused, and the same as its
+    neighbours' where there are fewer KV heads than ranks. A tensor that the model has no place for is an error: it was
+    trained to be part of the result.
+
+    Args:
+        tp_rank: the rank whose slices are read.
+        tp_size: how many ranks the model is split over.
+        stager: copies them.
+    """
+
+    def __init__(self, tp_rank: int, tp_size: int, stager: Stager) -> None:
+        self._tp_rank = tp_rank
+        self._tp_size = tp_size
+        self._stager = stager
+
+    def fill(self, model: nn.Module, source: TensorSource) -> None:
+        """Fill every tensor of `model` in place, converted to its type, and its padding with zeros.
+
+        Raises:
+            ValueError: naming the file and the tensor, when `source` does not hold exactly this model.
+        """
+        targets = targets_of(model)
+        refuse_extras(targets, source)
+        for target in targets:
+            self.fill_target(target, source)
+        self._stager.finish()
+
+    def fill_target(self, target: Target, source: TensorSource) -> None:
+        """Fill one tensor."""
+        for piece in target.pieces(self._tp_rank, self._tp_size):
+            self._copy(piece, source)
+            piece.padding.zero_()
+
+    def _copy(self, piece: Piece, source: TensorSource) -> None:
+        """Copy the first of the piece's sources; where there are others too, these must be the same."""
+        first, *others = source.present(piece.sources)
+        values = source.read(first, piece.wanted, piece.run.dtype)
+        if values.numel():
+            self._stager.copy(piece.run, values)
+        if overflows(piece.run, values):
+            raise ValueError(float16_problem(source, first))
+        for other in others:
+            if not torch.equal(values, source.read(other, piece.wanted, piece.run.dtype)):
+                raise ValueError(tie_problem(source, first, other))
+
+
+def refuse_extras(targets: list[Target], source: TensorSource) -> None:
+    """Raise ValueError, naming file and tensor, if `source` has a tensor that is none of the model's."""
+    for problem in source.extras({name for target in targets for name in target.all_sources()}):
+        raise ValueError(problem)
+
+
+def overflows(run: Tensor, values: Tensor) -> bool:
+    """Whether `values`, now in `run`, had some that float16 cannot hold."""
+    if run.dtype != torch.float16 or values.dtype == torch.float16:
+        return False
+    return not bool(run.isfinite().all())
+
+
+def float16_problem(source: TensorSource, name: str) -> str:
+    """Return the error of a tensor that overflows."""
+    return (
+        f"{source.path_of(name)}: tensor {source.stored_name(name)} has values that float16 cannot hold; "
+        "use another --dtype"
+    )
+
+
+def tie_problem(source: TensorSource, first: str, other: str) -> str:
+    """Return the error of two tensors that should be one."""
+    names = source.stored_name(other), source.stored_name(first)
+    return (
+        f"{source.path_of(other)}: tensor {names[0]} differs from {names[1]}, although config.json ties them into one"
+    )

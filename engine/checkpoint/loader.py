@@ -1,0 +1,210 @@
+"""Loads distributed checkpoints: each rank its own file, or the slices that it needs of any."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from engine.checkpoint.agreement import GroupAgreement
+from engine.checkpoint.checksum import file_checksum
+from engine.checkpoint.distributor import WeightDistributor, refuse_extras
+from engine.checkpoint.mapped_memory import MappedMemory
+from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata
+from engine.checkpoint.meter import Meter, Progress
+from engine.checkpoint.retry import read_bytes
+from engine.checkpoint.sharded import ShardedFiles
+from engine.checkpoint.staging import Stager
+from engine.checkpoint.targets import Target, targets_of
+from engine.checkpoint.tensor_header import DTYPE_NAMES
+from engine.communication.handler import CommunicationHandler
+from engine.protocol.model_directory import METADATA_FILE, find_model_directory
+
+CHECKSUM_THREADS = 4  # of each rank; each computes faster than most disks read
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLoadConfig:
+    """What to load, and how.
+
+    Raises:
+        ValueError: naming the option, when two contradict each other.
+    """
+
+    checkpoint_dir: str | Path
+    tp_size: int
+    step: int | None = None  # which of a directory of steps; None is the latest, or the directory itself
+    use_memory_map: bool = True  # on CPU: tensors are views of the mapped files; else they are read into memory
+    lock_memory: bool = False  # keep what is mapped in memory
+    enable_prefetch: bool = True  # read what is mapped ahead, in the background
+    verify_checksums: bool = False  # of the files, before anything of them is used
+
+    def __post_init__(self) -> None:
+        if self.tp_size < 1:
+            raise ValueError(f"tp_size must be at least 1, not {self.tp_size}")
+        if self.lock_memory and not self.use_memory_map:
+            raise ValueError("lock_memory keeps mapped weights in memory: it has no effect without use_memory_map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What loading took, on this rank."""
+
+    directory: Path  # the weights'
+    seconds: float  # all of it
+    metadata_seconds: float  # of these, until this rank knew what there is to load
+    bytes_read: int  # of weights: mapped, or copied; without padding where slices were read
+    memory: MappedMemory = field(repr=False)  # the mapped files
+
+
+class DistributedCheckpointLoader:
+    """Loads a distributed checkpoint into the models of all ranks.
+
+    Rank 0 reads the metadata for all. A rank of a checkpoint that was saved by as many ranks maps its own files:
+    tensors become views of them, and nothing is read before it is used. Of any other checkpoint a rank reads the slices
+    that its layers declare, wherever they are, and nothing else.
+
+        with GroupAgreement(group) as agreement:
+            DistributedCheckpointLoader(config, group, agreement).load(model)
+
+    Args:
+        config: what to load.
+        group: the ranks.
+        agreement: tells of other ranks' failures.
+        progress: is told of the bytes that are done, and of how many; one call at a time.
+    """
+
+    def __init__(
+        self,
+        config: ModelLoadConfig,
+        group: CommunicationHandler,
+        agreement: GroupAgreement,
+        progress: Progress = lambda _done, _total: None,
+    ) -> None:
+        if config.tp_size != group.world_size:
+            raise ValueError(f"tp_size is {config.tp_size}, but the group has {group.world_size} ranks")
+        self._config = config
+        self._group = group
+        self._agreement = agreement
+        self._meter = Meter(agreement, progress)
+        self._viewed: dict[str, FileMetadata] = {}  # files that tensors are views of
+
+    def load_metadata(self) -> tuple[Path, CheckpointMetadata]:
+        """Return the checkpoint's directory and metadata, which rank 0 reads and all ranks check.
+
+        Raises:
+            ValueError: naming the file, and the entry that cannot be used.
+        """
+        shared = self._agreement.share("metadata", self._read_metadata)
+        directory, _, content = shared.partition(b"\n")
+        path = Path(directory.decode())
+        return path, CheckpointMetadata.parse(content, path / METADATA_FILE)
+
+    def load(self, model: nn.Module) -> LoadReport:
+        """Fill every parameter of `model` and return what it took.
+
+        Raises:
+            ValueError: naming the file and the tensor, when the checkpoint does not hold exactly this model, or cannot
+                be read. Only this rank's: the agreement makes it that of all.
+        """
+        began = time.perf_counter()
+        directory, metadata = self.load_metadata()
+        metadata_seconds = time.perf_counter() - began
+        targets = targets_of(model)
+        checked = list(self._files_to_check(metadata))
+        self._meter.start(sum(target.tensor.nbytes for target in targets) + sum(file.size for file in checked))
+        self._check(directory, checked)
+        near = self._group.rank * metadata.tp_size // self._group.world_size
+        with ShardedFiles(directory, metadata, use_memory_map=self._config.use_memory_map, near=near) as source:
+            memory = self._fill(targets, source)
+            return LoadReport(
+                directory=directory,
+                seconds=time.perf_counter() - began,
+                metadata_seconds=metadata_seconds,
+                bytes_read=source.bytes_read,
+                memory=memory,
+            )
+
+    def _read_metadata(self) -> bytes:
+        directory = find_model_directory(self._config.checkpoint_dir, self._config.step)
+        return str(directory).encode() + b"\n" + read_bytes(directory / METADATA_FILE)
+
+    # --- checksums ---------------------------------------------------------------------------------------------------
+
+    def _files_to_check(self, metadata: CheckpointMetadata) -> Iterator[FileMetadata]:
+        """Yield this rank's share of the files: its own, where each rank has one."""
+        if self._config.verify_checksums:
+            for rank in range(self._group.rank, metadata.tp_size, self._group.world_size):
+                yield from metadata.files_of(rank)
+
+    def _check(self, directory: Path, files: list[FileMetadata]) -> None:
+        if not files:
+            return
+        with ThreadPoolExecutor(min(CHECKSUM_THREADS, len(files))) as pool:
+            for problem in pool.map(lambda file: checksum_problem(directory, file, self._meter.advance), files):
+                if problem:
+                    raise ValueError(problem)
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def _fill(self, targets: list[Target], source: ShardedFiles) -> MappedMemory:
+        refuse_extras(targets, source)
+        stager = Stager(self._group.device, self._meter.advance)
+        distributor = WeightDistributor(self._group.rank, self._group.world_size, stager)
+        for target in targets:
+            stored = self._stored_alike(target, source.metadata)
+            if stored is None:
+                distributor.fill_target(target, source)
+            else:
+                self._take(target, stored, source, stager)
+        stager.finish()
+        return self._keep(source)
+
+    def _stored_alike(self, target: Target, metadata: CheckpointMetadata) -> TensorMetadata | None:
+        """Return the stored tensor whose part in this rank's file is the target as it stands."""
+        stored = metadata.tensor_of.get(target.name)
+        if stored is None or metadata.tp_size != self._group.world_size:
+            return None
+        is_alike = (
+            stored.spec == target.spec
+            and stored.dtype == DTYPE_NAMES[target.tensor.dtype]
+            and stored.local_shape == tuple(target.tensor.shape)
+        )
+        return stored if is_alike else None
+
+    def _take(self, target: Target, stored: TensorMetadata, source: ShardedFiles, stager: Stager) -> None:
+        values = source.local(stored, self._group.rank)
+        source.bytes_read += values.nbytes
+        if target.tensor.device.type == "cpu":
+            target.tensor.data = values
+            file = source.metadata.file_of(stored, self._group.rank)
+            self._viewed[file.name] = file
+            self._meter.advance(values.nbytes)
+        else:  # pragma: cuda
+            stager.copy(target.tensor.data, values)
+
+    def _keep(self, source: ShardedFiles) -> MappedMemory:
+        """Take care of the memory behind tensors that are views of files."""
+        files = self._viewed.values() if self._config.use_memory_map else ()
+        memory = MappedMemory([(str(source.directory / file.name), source.open(file).data) for file in files])
+        if self._config.lock_memory:
+            memory.lock()
+        if self._config.enable_prefetch or self._config.lock_memory:
+            memory.prefetch()
+        return memory
+
+
+def checksum_problem(directory: Path, file: FileMetadata, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Return what is wrong with a file whose checksum is not the metadata's; nothing if it is."""
+    path = directory / file.name
+    if not path.is_file():
+        return f"{path}: is missing; metadata.json names it as a file of rank {file.rank}"
+    size = path.stat().st_size
+    if size != file.size:
+        return f"{path}: has {size} bytes, but metadata.json says {file.size}"
+    checksum = file_checksum(path, advance)
+    if checksum != file.xxh3_128:
+        return f"{path}: has checksum {checksum}, but metadata.json says {file.xxh3_128}: its bytes have changed"
+    return ""

@@ -1,0 +1,127 @@
+"""The memory behind mapped weights: brought in ahead of use, kept in, and asked how much of it is in."""
+
+import ctypes
+import errno
+import functools
+import logging
+import mmap
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from engine.checkpoint.retry import WAITS
+
+MADV_WILLNEED = 3
+MADV_POPULATE_READ = 22  # Linux 5.14
+MLOCK_ONFAULT = 1
+EHWPOISON = 133  # errno has no name for it
+CHUNK_BYTES = 32 << 20  # brought in at once
+PROBES = 1024  # pages that are asked whether they are in memory
+PAGE = mmap.PAGESIZE
+logger = logging.getLogger(__name__)
+
+
+class MappedMemory:
+    """Mapped files whose tensors a model uses.
+
+    Args:
+        files: path and bytes of each, `[size]` uint8.
+    """
+
+    def __init__(self, files: list[tuple[str, Tensor]]) -> None:
+        self._ranges = [(path, *_pages_of(content)) for path, content in files if content.numel()]
+        self._files = files  # keeps them mapped
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it, whether it is in memory or not."""
+        return sum(length for _, _, length in self._ranges)
+
+    def lock(self) -> None:
+        """Keep each page in memory once it is there, as long as this process lives.
+
+        Raises:
+            ValueError: if the system does not let this process keep so much.
+        """
+        for _, address, length in self._ranges:
+            # Not mlock, which would write to each page and so make a copy of it for this process alone.
+            if _libc().mlock2(ctypes.c_void_p(address), ctypes.c_size_t(length), MLOCK_ONFAULT):
+                raise ValueError(_lock_problem(ctypes.get_errno(), self.num_bytes))
+
+    def prefetch(self, advance: Callable[[int], None] = lambda _: None) -> threading.Thread:
+        """Bring all of it into memory, in a thread of its own that nobody has to wait for.
+
+        Args:
+            advance: is told, in that thread, of the bytes that came in.
+        """
+        thread = threading.Thread(target=self._bring_in, args=(advance,), name="prefetch", daemon=True)
+        thread.start()
+        return thread
+
+    def resident_share(self) -> float:
+        """Return which share of it is in memory, 1.0 of nothing; of large files an estimate from some pages."""
+        if not self._ranges:
+            return 1.0
+        resident = sum(length * _resident_share(address, length) for _, address, length in self._ranges)
+        return resident / self.num_bytes
+
+    def _bring_in(self, advance: Callable[[int], None]) -> None:
+        for path, address, length in self._ranges:
+            for offset in range(0, length, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, length - offset)
+                if not _populate(address + offset, size):
+                    logger.error("%s: cannot be read at byte %d: what uses these weights will end", path, offset)
+                    return
+                advance(size)
+
+
+def _pages_of(content: Tensor) -> tuple[int, int]:
+    """Return address and length of the pages that a mapped file lies in."""
+    address = content.data_ptr()
+    start = address // PAGE * PAGE
+    return start, -(-(address + content.numel() - start) // PAGE) * PAGE
+
+
+def _populate(address: int, length: int) -> bool:
+    """Read pages into memory and map them; return whether that was possible."""
+    for wait in (*WAITS, 0.0):
+        code = _madvise(address, length, MADV_POPULATE_READ)
+        if code == errno.EINVAL:  # an older kernel: have them read, at least
+            code = _madvise(address, length, MADV_WILLNEED)
+        if code not in (errno.EFAULT, EHWPOISON, errno.EAGAIN):
+            return True
+        time.sleep(wait)
+    return False
+
+
+def _resident_share(address: int, length: int) -> float:
+    pages = length // PAGE
+    count = min(pages, PROBES)
+    vector = (ctypes.c_ubyte * 1)()
+    found = 0
+    for index in range(count):
+        page = address + pages * index // count * PAGE
+        if _libc().mincore(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), vector) == 0:
+            found += vector[0] & 1
+    return found / count
+
+
+def _madvise(address: int, length: int, advice: int) -> int:
+    """Return 0 or the error number. mmap's own method would hold the interpreter's lock while it reads."""
+    failed = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
+    return ctypes.get_errno() if failed else 0
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _lock_problem(code: int, wanted: int) -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    allowed = "" if limit == resource.RLIM_INFINITY else f"; ulimit -l allows {limit} bytes"
+    return f"--mlock: {wanted} bytes of weights cannot be kept in memory: {os.strerror(code)}{allowed}"

@@ -1,0 +1,122 @@
+"""Reads tensors of a safetensors file, from where they lie: mapped, or just the bytes that are asked for."""
+
+import math
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.retry import retrying
+from engine.checkpoint.targets import TensorSlice
+from engine.checkpoint.tensor_header import (
+    LENGTH_BYTES,
+    TORCH_DTYPES,
+    TensorPlace,
+    header_length,
+    is_filler,
+    parse_header,
+)
+
+
+class TensorFile:
+    """One safetensors file.
+
+    Args:
+        path: of the file.
+        use_memory_map: whether tensors are views of the mapped file, which read nothing before they are used and share
+            their memory with other processes that map it; else reads fill memory of their own.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read, or is not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path, *, use_memory_map: bool = True) -> None:
+        self.path = path
+        with retrying(path, lambda: path.open("rb", buffering=0)) as file:
+            self._descriptor = os.dup(file.fileno())
+        try:
+            self.size = os.fstat(self._descriptor).st_size
+            self.places = self._read_places()
+            self._mapped = self._map() if use_memory_map else None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; what is mapped stays as long as a tensor lies in it. May be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names, without fillers."""
+        return [name for name in self.places if not is_filler(name)]
+
+    @property
+    def data(self) -> Tensor:
+        """All bytes of the mapped file, `[size]` uint8."""
+        assert self._mapped is not None, "not mapped"
+        return self._mapped
+
+    def read(self, name: str, wanted: TensorSlice | None = None) -> Tensor:
+        """Return a tensor, or a slice of it: a view of the mapped file, or new memory.
+
+        Other parts of the file are not read. Mapped memory may be written to; the file never changes.
+
+        Raises:
+            ValueError: naming the file, if the bytes cannot be read.
+        """
+        place = self.places[name]
+        wanted = wanted or TensorSlice(place.shape)
+        dtype = TORCH_DTYPES[place.dtype]
+        if self._mapped is None or place.start % dtype.itemsize:  # as in some other programs' files: no view can be had
+            return self._read(place, wanted)
+        return wanted.of(self._mapped[place.start : place.stop].view(dtype).view(place.shape))
+
+    def _read_places(self) -> dict[str, TensorPlace]:
+        try:
+            start = self._pread(0, LENGTH_BYTES)
+            return parse_header(self._pread(0, LENGTH_BYTES + header_length(start, self.size)), self.size)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path}: is no whole safetensors file ({error}); was it downloaded completely?"
+            ) from error
+
+    def _map(self) -> Tensor:
+        try:
+            # Private and writable: torch knows no read-only tensors, and pages that nobody writes to stay the file's.
+            content = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path}: cannot be mapped into memory: {error}; try --no-mmap") from error
+        return torch.frombuffer(content, dtype=torch.uint8)
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        return retrying(self.path, lambda: os.pread(self._descriptor, count, offset))
+
+    def _read(self, place: TensorPlace, wanted: TensorSlice) -> Tensor:
+        """Read the runs of bytes that a slice consists of: one, or one for each index before the cut dimension."""
+        values = torch.empty(wanted.shape, dtype=TORCH_DTYPES[place.dtype])
+        if values.numel() == 0:
+            return values
+        before = math.prod(wanted.global_shape[: wanted.dim or 0])
+        stride, run = place.num_bytes // before, values.nbytes // before  # bytes from one run to the next, and of one
+        skipped = 0 if wanted.dim is None else wanted.start * (stride // wanted.global_shape[wanted.dim])
+        target = values.flatten().view(torch.uint8).numpy().data
+        for index in range(before):
+            self._fill(target[index * run : (index + 1) * run], place.start + index * stride + skipped)
+        return values
+
+    def _fill(self, target: memoryview, offset: int) -> None:
+        while target:
+            count = retrying(self.path, _preadv(self._descriptor, target, offset))
+            if count == 0:
+                raise ValueError(f"{self.path}: ends at byte {offset}; it was longer when it was opened")
+            target, offset = target[count:], offset + count
+
+
+def _preadv(descriptor: int, target: memoryview, offset: int) -> Callable[[], int]:
+    return lambda: os.preadv(descriptor, [target], offset)
