@@ -5,7 +5,8 @@
     python -m tests.loading_group --serve [OPTIONS]  `ryzanstein serve [OPTIONS]` with this orchestrator
 
 Rank r has (r + 1) * `UNIT` bytes to load, comes to half of it at once, and on slowly from there, until its folder, the
-variable `FOLDER_VARIABLE`, has a file: `finish`, and it becomes ready; `die`, and it is killed.
+variable `FOLDER_VARIABLE`, has a file: `finish`, and it becomes ready; `die`, and it is killed; `stall`, and it
+stands still with one byte to go, and is silent, until another file comes.
 """
 
 import os
@@ -20,7 +21,7 @@ import zmq
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
-from engine.protocol.messages import Hello, Ready, Start, Started
+from engine.protocol.messages import Hello, Loading, Ready, Start, Started
 from engine.worker.parent import die_with_parent
 from engine.worker.progress import LoadingReporter
 from server import cli
@@ -37,20 +38,26 @@ def be_rank(spec: RankSpec, rank: int) -> None:
     control = Channel(context, spec.epoch, Start)
     control.connect(spec.control_endpoint(rank))
     control.send(Hello(spec.epoch, rank, os.getpid(), "here", "cpu", config_hash(spec.engine)))
-    load(LoadingReporter(control, spec.epoch, rank), (rank + 1) * UNIT)
+    load(control, spec.epoch, rank)
     control.send(Ready(spec.epoch, rank, "same", 64, 1, {}))
     control.receive()
     control.send(Started(spec.epoch, rank))
     time.sleep(300)
 
 
-def load(report: LoadingReporter, total_bytes: int) -> None:
-    folder, loaded_bytes = Path(os.environ[FOLDER_VARIABLE]), total_bytes // 2
+def load(control: Channel, epoch: int, rank: int) -> None:
+    folder, report = Path(os.environ[FOLDER_VARIABLE]), LoadingReporter(control, epoch, rank)
+    total_bytes = (rank + 1) * UNIT
+    loaded_bytes, is_stalled = total_bytes // 2, False
     while not (folder / "finish").exists():
         if (folder / "die").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        report(loaded_bytes, total_bytes)
-        loaded_bytes = min(loaded_bytes + 2**16, total_bytes - 1)
+        if not is_stalled:
+            report(loaded_bytes, total_bytes)
+            loaded_bytes = min(loaded_bytes + 2**16, total_bytes - 2)
+        if not is_stalled and (folder / "stall").exists():
+            control.send(Loading(epoch, rank, total_bytes - 1, total_bytes))
+            is_stalled = True
         time.sleep(0.02)
     report(total_bytes, total_bytes)
 

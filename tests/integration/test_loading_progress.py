@@ -50,6 +50,20 @@ def test_the_server_hears_the_ranks_sums_and_is_not_flooded(group: EngineProcess
     assert group.statuses[-1].state is GroupState.READY
 
 
+def test_the_last_words_of_ranks_that_fall_silent_are_heard(group: EngineProcess, tmp_path: Path) -> None:
+    def let_it_stall() -> None:
+        group.wait_until_heard(lambda status: status.total_bytes == TOTAL)
+        (tmp_path / "stall").touch()
+        group.wait_until_heard(lambda status: status.loaded_bytes == TOTAL - RANKS)
+        (tmp_path / "finish").touch()
+
+    stalling = threading.Thread(target=let_it_stall)
+    stalling.start()
+    with group:
+        pass
+    stalling.join()
+
+
 def test_a_rank_that_dies_while_it_loads_ends_the_group_with_its_name(group: EngineProcess, tmp_path: Path) -> None:
     def let_it_die() -> None:
         group.wait_until_heard(lambda status: status.total_bytes > 0)
