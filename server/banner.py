@@ -2,21 +2,22 @@
 
 import socket
 
-from engine.protocol.config import EngineConfig
+from engine.protocol.config import RankSpec
 from engine.protocol.messages import GroupStatus
 from engine.protocol.units import format_bytes
 from server.service import TextModel
 
 
-def banner(status: GroupStatus, engine: EngineConfig, model: TextModel, url: str) -> str:
+def banner(status: GroupStatus, spec: RankSpec, model: TextModel, url: str) -> str:
     """Return a few lines: model, ranks, memory, context and address, which is `url`."""
     ranks = [f"{rank.rank}: pid {rank.pid} on {rank.host}, {rank.device}" for rank in status.ranks]
     memory = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(size)}" for kind, size in status.memory.items())
     lines = [
-        ("model", f"{model.name} ({engine.model})"),
+        ("model", f"{model.name} ({spec.engine.model})"),
+        *([("weights", f"{spec.weights} (shard cache)")] if spec.weights else []),
         *(("ranks" if index == 0 else "", rank) for index, rank in enumerate(ranks)),
         ("memory", f"{memory} (all ranks)"),
-        ("KV cache", f"{status.num_kv_blocks} blocks of {engine.block_size} tokens on each rank"),
+        ("KV cache", f"{status.num_kv_blocks} blocks of {spec.engine.block_size} tokens on each rank"),
         ("context", f"{status.max_model_len} tokens"),
         ("API", f"{url}/v1  (docs {url}/docs, metrics {url}/metrics)"),
     ]

@@ -23,6 +23,7 @@ from server.logs import configure_logging
 from server.model_files import ModelFiles
 from server.model_source.config import ModelSourceConfig
 from server.model_source.resolve import resolve
+from server.model_source.sharded_weights import ShardedWeights, find_entry
 from server.options import (
     Value,
     add_options,
@@ -168,14 +169,16 @@ def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) ->
         engine = replace(engine, model=str(resolve(engine.model, server, partial(_read_model, engine))))
         model_config, files = _read_model(engine, Path(engine.model))
         server = replace(server, served_model_name=name)
+        weights = ShardedWeights(find_entry(Path(engine.model), engine, model_config, server))
+        ending.callback(weights.close)
         with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it
-            process = EngineProcess(engine)
+            process = EngineProcess(engine, weights=weights.directory)
             ending.callback(process.stop)
         # FastAPI takes half a second to import, which the ranks use to import torch.
         from server.run import run  # noqa: PLC0415
         from server.service import TextModel  # noqa: PLC0415
 
-        return run(listener, process, TextModel.load(files, server, model_config), server, credentials)
+        return run(listener, process, TextModel.load(files, server, model_config), weights, server, credentials)
 
 
 def _read_model(engine: EngineConfig, directory: Path) -> tuple[ModelConfig, ModelFiles]:

@@ -18,6 +18,7 @@ from server.http_server import HTTPServer
 from server.launch import EngineProcess
 from server.loading_progress import LoadingProgress
 from server.metrics import Metrics
+from server.model_source.sharded_weights import ShardedWeights
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal
 from server.supervisor import Supervisor
@@ -28,15 +29,25 @@ STOPPING = "The server is shutting down."
 
 
 def run(
-    listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig, credentials: Credentials
+    listener: socket.socket,
+    process: EngineProcess,
+    model: TextModel,
+    weights: ShardedWeights,
+    config: ServerConfig,
+    credentials: Credentials,
 ) -> int:
     """Serve until a signal comes or the engine fails, and return the exit code."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(listener, process, model, config, credentials))
+        return runner.run(_serve(listener, process, model, weights, config, credentials))
 
 
 async def _serve(
-    listener: socket.socket, process: EngineProcess, model: TextModel, config: ServerConfig, credentials: Credentials
+    listener: socket.socket,
+    process: EngineProcess,
+    model: TextModel,
+    weights: ShardedWeights,
+    config: ServerConfig,
+    credentials: Credentials,
 ) -> int:
     stopping = asyncio.create_task(_stop_signal())
     context = zmq.asyncio.Context()
@@ -48,7 +59,8 @@ async def _serve(
     def announce(status: GroupStatus) -> None:
         ready.set()
         url = listening_url(listener, "http" if credentials.tls is None else "https")
-        sys.stderr.write(banner(status, process.spec.engine, model, url) + "\n")
+        sys.stderr.write(banner(status, process.spec, model, url) + "\n")
+        weights.start_writing()
 
     app = create_app(Service(model, client, metrics, config), config, credentials)
     http = HTTPServer(app, config, credentials)
@@ -65,7 +77,8 @@ async def _serve(
         await asyncio.gather(serving, supervising, in_daemon_thread(process.stop), return_exceptions=True)
         context.destroy(linger=0)
     if failure is not None:
-        sys.stderr.write(f"ryzanstein: error: {failure.error}\n")
+        error = failure.error if ready.is_set() else weights.explain(failure.error)
+        sys.stderr.write(f"ryzanstein: error: {error}\n")
         return EXIT_USER_ERROR if failure.is_user_error and not ready.is_set() else EXIT_FAILED
     if not stopping.done():
         serving.result()  # the HTTP server ended by itself: raise what ended it

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from engine.protocol.units import format_bytes, format_count
 from server.config import ServerConfig
 from server.doctor import service, verify
 from server.doctor.report import JsonReport, Report, TableReport
+from server.doctor.source import ModelSource
 from server.launch import EngineProcess
 from server.signals import stop_signals_delayed
 
@@ -29,6 +31,17 @@ def examine(engine: EngineConfig, server: ServerConfig, *, as_json: bool, with_v
     """Run every check, show what it finds as it is found, and return the exit code."""
     name = server.model_name(engine.model)
     report: Report = JsonReport(sys.stdout, engine) if as_json else TableReport(sys.stdout, name, engine)
+    source = ModelSource(engine, server)
+    run_checks(source.checks(), report.take)
+    if source.is_here:
+        _examine_model(source.engine, replace(server, served_model_name=name), report, with_verify=with_verify)
+    else:
+        run_checks(service.access_checks(server), report.take)
+    report.close()
+    return EXIT_FAILS if report.count(CheckStatus.FAILURE) else EXIT_SERVES
+
+
+def _examine_model(engine: EngineConfig, server: ServerConfig, report: Report, *, with_verify: bool) -> None:
     with contextlib.ExitStack() as ending:
         started = _EngineChecks(engine, ending)
         run_checks([Check(service.SECTION, "run directory", started.start)], report.take)
@@ -36,8 +49,6 @@ def examine(engine: EngineConfig, server: ServerConfig, *, as_json: bool, with_v
         started.relay(report.take)
     if with_verify:
         run_checks(verify.checks(engine), report.take)
-    report.close()
-    return EXIT_FAILS if report.count(CheckStatus.FAILURE) else EXIT_SERVES
 
 
 class _EngineChecks:

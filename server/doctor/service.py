@@ -73,8 +73,7 @@ def checks(engine: EngineConfig, server: ServerConfig) -> list[Check]:
     """Return this section's checks."""
     text = TextSide(engine, server)
     return [
-        Check(SECTION, "API key and TLS", lambda: _credentials(text)),
-        Check(SECTION, "port", lambda: _port(text)),
+        *access_checks(server),
         Check(SECTION, "model files", lambda: _files(text)),
         Check(SECTION, "tokenizer", lambda: _tokenizer(text)),
         Check(SECTION, "vocabulary", lambda: _vocabulary(text)),
@@ -85,15 +84,23 @@ def checks(engine: EngineConfig, server: ServerConfig) -> list[Check]:
     ]
 
 
-def _credentials(text: TextSide) -> Finding:
-    credentials = Credentials.load(text.server)
+def access_checks(server: ServerConfig) -> list[Check]:
+    """Return those checks that need no model."""
+    return [
+        Check(SECTION, "API key and TLS", lambda: _credentials(server)),
+        Check(SECTION, "port", lambda: _port(server)),
+    ]
+
+
+def _credentials(server: ServerConfig) -> Finding:
+    credentials = Credentials.load(server)
     tls = "plain HTTP" if credentials.tls is None else "HTTPS with a certificate and its key"
     if credentials.api_key is not None:
         return ok(f"an API key; {tls}")
-    if is_loopback(text.server.host):
-        return ok(f"no API key, and only this machine reaches {text.server.host}; {tls}")
+    if is_loopback(server.host):
+        return ok(f"no API key, and only this machine reaches {server.host}; {tls}")
     return warning(
-        f"no API key: whoever reaches {text.server.host}:{text.server.port} may use the API; {tls}",
+        f"no API key: whoever reaches {server.host}:{server.port} may use the API; {tls}",
         "--api-key-file, unless something in front of it asks for one",
     )
 
@@ -106,9 +113,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _port(text: TextSide) -> Finding:
+def _port(server: ServerConfig) -> Finding:
     """Listen where the service would, for a moment."""
-    host, port = text.server.host, text.server.port
+    host, port = server.host, server.port
     with listen(host, port) as listener:
         bound = listener.getsockname()[:2]
     return ok(f"{port} on {host} is free" if port else f"any: {bound[1]} on {host} is free")
