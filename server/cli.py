@@ -1,10 +1,10 @@
-"""The command line: `ryzanstein serve [MODEL] [options]`, `ryzanstein doctor [MODEL] [options]`."""
+"""The command line: `ryzanstein serve [MODEL] [options]`, `ryzanstein doctor …`, `ryzanstein checkpoint COMMAND …`."""
 
 import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import NoReturn
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.open_files import check_open_files, raise_open_files_limit
+from server.checkpoint_commands import add_checkpoint_commands
 from server.config import ServerConfig
 from server.credentials import Credentials
 from server.launch import EngineProcess
@@ -70,9 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_stop_signal(unwind)  # until the server waits for signals
     try:
         namespace = _parse(arguments)
-        engine, server = configure(namespace, os.environ)
         raise_open_files_limit()
-        code: int = namespace.run(engine, server, namespace)
+        code: int = namespace.run(namespace)
         return code
     except ValueError as error:
         print(f"ryzanstein: error: {error}", file=sys.stderr)
@@ -96,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ryzanstein {version('ryzanstein')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serve = _add_command(commands, "serve", "serve a model over an OpenAI-compatible API", SAMPLING_NOTE)
-    serve.set_defaults(run=_serve, command=serve)
+    serve.set_defaults(run=partial(_run_configured, _serve), command=serve)
     _add_options(serve)
     doctor = _add_command(commands, "doctor", "check what serving with the same options would run into", DOCTOR_NOTE)
-    doctor.set_defaults(run=_doctor, command=doctor)
+    doctor.set_defaults(run=partial(_run_configured, _doctor), command=doctor)
     doctor.add_argument("--json", action="store_true", help="write one JSON document instead of a table")
     doctor.add_argument(
         "--verify",
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="also run the model on as many ranks as asked for (2 if that is 1) and on one, and compare what they say",
     )
     _add_options(doctor)
+    add_checkpoint_commands(commands, _HelpFormatter)
     return parser
 
 
@@ -140,6 +141,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "where the model comes from", sources)
     add_options(parser, "server", [item for item in options_of(ServerConfig) if item not in (*sources, *limits)])
     add_options(parser, "most of a request", limits)
+
+
+def _run_configured(
+    run: Callable[[EngineConfig, ServerConfig, argparse.Namespace], int], namespace: argparse.Namespace
+) -> int:
+    engine, server = configure(namespace, os.environ)
+    return run(engine, server, namespace)
 
 
 def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> tuple[EngineConfig, ServerConfig]:

@@ -151,12 +151,23 @@ _PARSERS: Mapping[type, Callable[[object], object]] = {
 _METAVARS: Mapping[type, str] = {str: "TEXT", tuple: "TEXT,TEXT", int: "N"}
 
 
-def add_options(parser: argparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
-    """Add a group of flags to `parser`; what nobody wrote does not appear in its result."""
+def add_options(
+    parser: argparse.ArgumentParser, title: str, options: Iterable[Option], *, have_variables: bool = True
+) -> None:
+    """Add a group of flags to `parser`; what nobody wrote does not appear in its result.
+
+    Args:
+        parser: of a command.
+        title: of the group.
+        options: to add.
+        have_variables: whether environment variables set them too.
+    """
     group = parser.add_argument_group(title)
     for option in options:
         spellings = [option.field.metadata["short"]] if option.field.metadata["short"] else []
-        group.add_argument(*spellings, option.flag, dest=option.name, help=_help(option), **_argument(option))
+        group.add_argument(
+            *spellings, option.flag, dest=option.name, help=_help(option, have_variables), **_argument(option)
+        )
 
 
 def _argument(option: Option) -> dict[str, Any]:
@@ -167,9 +178,10 @@ def _argument(option: Option) -> dict[str, Any]:
     return {"metavar": words or kind, "default": argparse.SUPPRESS}
 
 
-def _help(option: Option) -> str:
-    default = f"default {option.default}; " if option.default else ""
-    return f"{option.field.metadata['help']} ({default}{option.variable})".replace("%", "%%")
+def _help(option: Option, has_variable: bool) -> str:
+    default = [f"default {option.default}"] if option.default else []
+    words = "; ".join(default + [option.variable] * has_variable)
+    return f"{option.field.metadata['help']}{f' ({words})' if words else ''}".replace("%", "%%")
 
 
 def from_command_line(namespace: argparse.Namespace, options: Iterable[Option]) -> dict[str, Value]:

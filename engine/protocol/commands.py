@@ -26,6 +26,7 @@ class ShardCommand:
     max_file_size: int | None = option(
         None, "most bytes in one file, such as 4GiB; a rank's weights are one file when left out", unit="bytes"
     )
+    model_name: str | None = option(None, "name to give the checkpoint; that of the source when left out")
     progress: bool = option(True, "show how far it has come")
 
     def __post_init__(self) -> None:

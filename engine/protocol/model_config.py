@@ -76,12 +76,17 @@ class ModelConfig:
         """
         return _parse(raw, source)
 
+    @property
+    def tensor_parallel_sizes(self) -> list[int]:
+        """The numbers of ranks that the model can be split over."""
+        return [n for n in range(1, min(self.num_attention_heads, MOST_RANKS) + 1) if self._splits_over(n)]
+
     def check_tensor_parallel_size(self, tp_size: int) -> None:
         """Raise ValueError if the model cannot be split over `tp_size` ranks."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self._splits_over(tp_size):
             return
-        possible = ", ".join(str(n) for n in range(1, min(heads, MOST_RANKS) + 1) if self._splits_over(n))
+        possible = ", ".join(map(str, self.tensor_parallel_sizes))
         if heads % tp_size:
             problem = f"does not divide the model's {heads} attention heads"
         else:
