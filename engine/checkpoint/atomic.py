@@ -1,57 +1,74 @@
-"""Directories that appear whole or not at all, whatever ends the program that writes them.
+"""Directories that are there whole or not at all, also after a crash.
 
-Writing is into a temporary sibling, which becomes the directory by one rename. A writer holds a lock on its temporary
-directory as long as it lives, so that what a dead one left can be told from what a living one is writing.
+A new directory is written inside of a hidden *holder* beside its destination, and renamed when it is whole:
+
+    checkpoints/
+        model-step-1000/                           the destination
+        .model-step-1000.tmp-4711-0a1b2c3d/        a holder
+            lock                                   locked as long as its writer lives
+            model-step-1000/                       what is written, or was replaced and is being removed
+
+What nobody locks was left by a writer that died; the next writer beside it removes it.
 """
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
+import re
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-RENAME_EXCHANGE = 2
-AT_FDCWD = -100
-LOCK_FILE = ".lock"
+from engine.checkpoint.file_lock import FileLock
+
+HOLDER_LOCK = "lock"
+_HOLDER = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing fails like this
+_AT_FDCWD = -100  # linux/fcntl.h: paths are taken as they are
+_NOREPLACE, _EXCHANGE = 1, 2  # linux/fs.h: renameat2's flags
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # how file systems say that they do not know a flag
 
 
 class NewDirectory:
-    """A directory that is `destination` after the block, if the block ends well; else nothing has changed.
+    """A directory that appears at `destination` when it is whole. Use it as a context manager.
 
-        with NewDirectory(destination) as new:
-            (new.path / "metadata.json").write_bytes(…)
+        with NewDirectory(Path("checkpoints/model-step-1000")) as new:
+            (new.path / "metadata.json").write_bytes(content)
 
-    Files that are written are their writers' to bring to the disk; directories are brought there here.
+    At the block's end everything in it is put on the disk, then it takes its place in one step; a reader, or a crash at
+    any moment, finds the old directory or the new one. If the block raises, nothing has changed. What earlier writers
+    left beside it when they were killed is removed.
 
     Args:
-        destination: of the new directory; its parent is there.
-        replace: whether it may be there already: then it is exchanged for the new one at once, and removed.
+        destination: whose parent is there.
+        replace: also a directory that is there.
 
     Raises:
-        ValueError: (on entering and leaving) naming the directory, if it is there, or cannot be written.
+        ValueError: (on entering or leaving) naming the path, if something else is there, or it cannot be written; also
+            for a full disk that the block came upon.
     """
 
+    path: Path  # to write into
+
     def __init__(self, destination: Path, *, replace: bool = False) -> None:
-        self.destination = destination
-        self.path = destination.with_name(f".{destination.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        self._destination = destination
         self._replace = replace
-        self._lock = -1
 
     def __enter__(self) -> Self:
-        if not self._replace and (self.destination.exists() or self.destination.is_symlink()):
-            raise ValueError(f"{self.destination}: is there already; nothing is overwritten")
-        with _named(self.destination):
-            remove_leftovers(self.destination.parent)
-            self.path.mkdir()
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._check()
+        remove_leftovers(self._destination.parent)
+        try:
+            self._holder = _Holder(self._destination)
+            with _removed_on_error(self._holder):
+                self.path = self._holder.path / self._destination.name
+                self.path.mkdir()
+                self._check_exchange()
+        except OSError as error:
+            raise unwritable(self._destination, error) from error
         return self
 
     def __exit__(
@@ -59,108 +76,177 @@ class NewDirectory:
     ) -> None:
         try:
             if error is None:
-                with _named(self.destination):
-                    self._commit()
-            elif isinstance(error, OSError):
-                raise _unwritable(self.destination, error) from error
+                self._commit()
+            elif isinstance(error, OSError) and error.errno in _FULL_OR_READ_ONLY:
+                raise unwritable(self._destination, error) from error
+        except OSError as failure:
+            raise unwritable(self._destination, failure) from failure
         finally:
-            shutil.rmtree(self.path, ignore_errors=True)  # what failed, or what was replaced
-            os.close(self._lock)
+            self._holder.remove()
+
+    def _check(self) -> None:
+        there = self._destination.is_symlink() or self._destination.exists()
+        if there and not self._replace:
+            raise ValueError(f"{self._destination}: is there already")
+        if there and (self._destination.is_symlink() or not self._destination.is_dir()):
+            raise ValueError(f"{self._destination}: is there already, and is no directory")
+
+    def _check_exchange(self) -> None:
+        """Find out now whether directories can be exchanged, rather than when everything is written."""
+        if self._destination.exists():
+            other = self.path.with_name("exchange")
+            other.mkdir()
+            self._exchange(other)
+            other.rmdir()
 
     def _commit(self) -> None:
-        os.fsync(self._lock)
-        if self._replace and self.destination.exists():
-            _exchange(self.path, self.destination)
+        _sync_all(self.path)
+        self._check()
+        if self._destination.exists():
+            self._exchange(self._destination)
         else:
-            _rename_to_nothing(self.path, self.destination)
-        sync_directory(self.destination.parent)
+            _rename(self.path, self._destination)
+        _sync(self._destination.parent)
+
+    def _exchange(self, other: Path) -> None:
+        try:
+            _renameat2(self.path, other, _EXCHANGE)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            problem = "is there already, and its file system cannot exchange directories; remove it first"
+            raise ValueError(f"{self._destination}: {problem}") from error
 
 
-class DirectoryLock:
-    """Keeps others from writing checkpoints into a directory meanwhile.
-
-    Args:
-        directory: made if it is not there.
+def remove_directory(directory: Path) -> None:
+    """Remove a directory so that it is there whole or not at all.
 
     Raises:
-        ValueError: (on entering) naming the directory and who holds it.
+        OSError: if it cannot be moved, or its parent not be written.
     """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        with _named(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(self._descriptor)
-            raise ValueError(f"{self._directory}: {holder} is writing a checkpoint there") from None
-        os.truncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)
+    holder = _Holder(directory)
+    try:
+        directory.rename(holder.path / directory.name)
+        _sync(directory.parent)
+    finally:
+        holder.remove()
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove temporary directories whose writers are gone."""
-    for path in parent.glob(".*.tmp-*"):
+    """Remove what writers in `parent` left when they were killed. What cannot be removed stays."""
+    for path in _entries(parent):
+        if _HOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # of another user, or just removed by another writer
+                _remove_if_left(path)
+
+
+def unwritable(path: Path, error: OSError) -> ValueError:
+    """Return the error of a path that cannot be written."""
+    return ValueError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+class _Holder:
+    """A hidden directory beside `destination`, locked until it is removed.
+
+    Raises:
+        OSError: if it cannot be made or locked.
+    """
+
+    def __init__(self, destination: Path) -> None:
+        taken = None
+        while taken is None:
+            self.path = destination.with_name(f".{destination.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+            self.path.mkdir()
+            taken = self._try_lock()
+        self._lock = taken
+
+    def _try_lock(self) -> FileLock | None:
+        """Return its lock; None if it was taken for a leftover, in the moment in which it had none."""
+        path = self.path / HOLDER_LOCK
+        try:
+            lock = FileLock.try_take(path, make=True)
+        except FileNotFoundError:
+            return None
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        if lock is None or lock.is_of(path):
+            return lock
+        lock.close()
+        return None
+
+    def remove(self) -> None:
+        """Remove it, and all that is in it."""
+        _remove_holder(self.path)
+        self._lock.close()
+
+
+@contextlib.contextmanager
+def _removed_on_error(holder: _Holder) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        holder.remove()
+        raise
+
+
+def _remove_if_left(holder: Path) -> None:
+    """Remove a holder that nobody has locked."""
+    try:
+        lock = FileLock.try_take(holder / HOLDER_LOCK)
+    except FileNotFoundError:  # its writer came no further, or is about to lock it, and will make another
+        holder.rmdir()
+        return
+    if lock is not None:
+        _remove_holder(holder)
+        lock.close()
+
+
+def _remove_holder(holder: Path) -> None:
+    """Remove a holder and all that is in it, its lock last: without that nobody would know it for one."""
+    for path in _entries(holder):
+        if path.name != HOLDER_LOCK:
+            shutil.rmtree(path, ignore_errors=True)
+    if [path.name for path in _entries(holder)] == [HOLDER_LOCK]:
         with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody lives
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+            (holder / HOLDER_LOCK).unlink()
+            holder.rmdir()
 
 
-def sync_directory(directory: Path) -> None:
-    """Wait until a directory's entries are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _rename(source: Path, destination: Path) -> None:
+    """Rename a directory; what has come to `destination` meanwhile stays, if the file system can see to that."""
+    try:
+        _renameat2(source, destination, _NOREPLACE)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        source.rename(destination)
+
+
+def _renameat2(source: Path, destination: Path, flags: int) -> None:
+    """Rename in a way that Python's library does not know. See man 2 renameat2."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(destination), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(source), None, str(destination))
+
+
+def _sync_all(directory: Path) -> None:
+    """Wait until a directory and all that is in it are on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _exchange(first: Path, second: Path) -> None:
-    """Swap two directories at once: at no moment is one of the names missing."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = (os.fsencode(path) for path in (first, second))
-    if libc.renameat2(AT_FDCWD, next(names), AT_FDCWD, next(names), RENAME_EXCHANGE):
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS):
-            raise ValueError(
-                f"{second}: its file system cannot replace a directory at once; remove it, or take another"
-            )
-        raise OSError(code, os.strerror(code), str(second))
-
-
-def _rename_to_nothing(source: Path, destination: Path) -> None:
-    try:
-        source.rename(destination)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ValueError(f"{destination}: is there by now; nothing is overwritten") from error
-        raise
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn the errors of a disk into one line that names the directory."""
-    try:
-        yield
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"{path}: cannot be written: {error.strerror}")
