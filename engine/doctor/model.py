@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.problems import header_problems, value_problems
 from engine.checkpoint.sources import open_source
+from engine.checkpoint.verify import checksum_problems
 from engine.communication.handler import CommunicationHandler
 from engine.doctor.software import CPUINFO, cpu_flags, has_half_precision
 from engine.doctor.subject import Subject
@@ -18,6 +20,7 @@ from engine.models.registry import build_model
 from engine.parallel.base import padded_to
 from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
 from engine.protocol.model_config import ModelConfig
+from engine.protocol.model_directory import is_distributed
 from engine.protocol.units import format_bytes, format_count, format_seconds
 from engine.worker.device import choose_dtype
 
@@ -28,12 +31,15 @@ SPEED_BYTES = 64 << 20  # read to measure a disk
 
 
 def checks(subject: Subject) -> list[Check]:
-    """Return this section's checks."""
+    """Return this section's checks; only distributed checkpoints have checksums."""
+    has_checksums = is_distributed(Path(subject.engine.model))
+    checksums = [Check(SECTION, "checksums", lambda: _checksums(subject))] if has_checksums else []
     return [
         Check(SECTION, "config.json", lambda: _config(subject)),
         Check(SECTION, "split", lambda: _split(subject)),
         Check(SECTION, "context", lambda: _context(subject)),
         Check(SECTION, "weight files", lambda: _files(subject)),
+        *checksums,
         Check(SECTION, "tensors", lambda: _tensors(subject)),
         Check(SECTION, "tensor values", lambda: _values(subject)),
         Check(SECTION, "number type", lambda: _dtype(subject)),
@@ -89,6 +95,20 @@ def _files(subject: Subject) -> Finding:
     subject.are_files_whole = True
     total = sum(path.stat().st_size for path in paths)
     return ok(f"{len(paths)} whole safetensors file(s), {format_bytes(total)}")
+
+
+def _checksums(subject: Subject) -> Finding:
+    """Read every byte of every file."""
+    directory = Path(subject.engine.model)
+    if not subject.are_files_whole:
+        raise MissingBasisError("whole weight files")
+    metadata = CheckpointMetadata.read(directory)
+    problems = list(islice(checksum_problems(directory, metadata), SHOWN_PROBLEMS + 1))
+    if problems:
+        subject.are_files_whole = False
+        more = ["…"] if len(problems) > SHOWN_PROBLEMS else []
+        return failure("; ".join(problems[:SHOWN_PROBLEMS] + more), "copy the checkpoint again")
+    return ok(f"those of {len(metadata.files)} file(s) are as when they were written")
 
 
 def _tensors(subject: Subject) -> Finding:

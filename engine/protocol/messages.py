@@ -159,7 +159,7 @@ class RankStats(Message, frozen=True):
 
     rank: int
     collectives: dict[str, HistogramDelta]  # by operation: all_reduce, gather, … seconds
-    memory: dict[str, int]  # by kind: resident, weights, kv_cache, device_allocated
+    memory: dict[str, int]  # by kind: resident, weights, weights_resident, kv_cache, device_allocated
 
 
 class SchedulerStats(Part, frozen=True):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.convert import shard
 from engine.doctor import model
 from engine.doctor.subject import Subject
 from engine.protocol.checks import CheckResult, CheckStatus, MissingBasisError, run_checks
+from engine.protocol.commands import ShardCommand
 from engine.protocol.config import EngineConfig, RankSpec
 from tests.checkpoints import random_llama
 
@@ -175,6 +177,41 @@ def test_files_that_were_just_written_are_in_the_page_cache(directory: Path) -> 
     share = model.cached_share(paths)
     assert share is None or share > 0.99
     assert model.read_speed(paths[0]) > 0
+
+
+@pytest.fixture
+def sharded(directory: Path, tmp_path: Path) -> Path:
+    """The same model as a distributed checkpoint of two ranks."""
+    destination = tmp_path / "sharded"
+    shard(
+        ShardCommand(source=str(directory), destination=str(destination), tensor_parallel_size=2),
+        lambda _total: lambda _count: None,
+    )
+    return destination
+
+
+def test_a_distributed_checkpoint_passes_every_check_its_checksums_too(sharded: Path) -> None:
+    results = examined(sharded, tensor_parallel_size=4)
+    found = statuses(results)
+    assert found[FAILURE] == found[WARNING] == found[SKIPPED] == []
+    assert results["checksums"].detail == "those of 2 file(s) are as when they were written"
+
+
+def test_a_flipped_byte_of_a_distributed_checkpoint_fails_and_names_its_file(sharded: Path) -> None:
+    path = sharded / "weights_rank1.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    results = examined(sharded)
+    assert statuses(results)[FAILURE] == ["checksums"]
+    assert results["checksums"].detail.startswith(f"{path}: has checksum ")
+
+
+def test_a_missing_file_of_a_distributed_checkpoint_fails(sharded: Path) -> None:
+    (sharded / "weights_rank0.safetensors").unlink()
+    results = examined(sharded)
+    assert statuses(results)[FAILURE] == ["weight files"]
+    assert "weights_rank0.safetensors: is missing" in results["weight files"].detail
 
 
 def test_what_checks_build_on_is_missing_until_it_is_found(directory: Path) -> None:
