@@ -14,6 +14,7 @@ import trustme
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
 from server.config import ServerConfig
 from server.options import options_of
+from tests.hub import Hub, Repository, files_of
 from tests.service_process import ServiceProcess
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,14 @@ def all_commands(kind: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def hub() -> Iterator[Hub]:
+    """What stands in for the hub."""
+    with Hub({"org/name": Repository({"main": files_of(EMBEDDED_MODEL)})}) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> dict[str, str]:
     """The variables that the pages leave to the reader."""
     folder = tmp_path_factory.mktemp("guide")
     (folder / "api-key").write_text("a-key-of-the-guide\n")
@@ -45,6 +53,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     issued.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
     issued.private_key_pem.write_to_path(folder / "key.pem")
     return {
+        **hub.environment(folder / "huggingface"),
+        "CACHE": str(folder / "shards"),
         "MODEL": str(EMBEDDED_MODEL),
         "KEY_FILE": str(folder / "api-key"),
         "CERTIFICATE": str(folder / "certificate.pem"),
@@ -99,7 +109,9 @@ def test_every_option_is_in_the_guide_or_the_page_for_those_who_know_vllm() -> N
 
 
 def test_every_option_in_the_guide_is_one() -> None:
-    known = {option.flag for config in (EngineConfig, ServerConfig) for option in options_of(config)}
+    options = [option for config in (EngineConfig, ServerConfig) for option in options_of(config)]
+    known = {option.flag for option in options}
+    known |= {f"--no-{option.flag[2:]}" for option in options if option.type is bool}
     written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (DOCS / "guide.md").read_text()))
     assert written - known <= {"--config", "--help", "--json", "--verify"}
 

@@ -42,11 +42,11 @@ def large(tmp_path: Path) -> Path:
 
 
 def test_the_parent_of_steps_is_its_latest_step(tmp_path: Path, server: ServerConfig) -> None:
-    for number in (9, 10):
-        step = step_directory(tmp_path / "run", number)
-        step.mkdir(parents=True)
-        config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
-        (step / METADATA_FILE).write_text(json.dumps({"config": config}))
+    config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    older, step = (step_directory(tmp_path / "run", number) for number in (9, 10))
+    for directory in (older, step):
+        directory.mkdir(parents=True)
+        (directory / METADATA_FILE).write_text(json.dumps({"config": config}))
     source = ModelSource(EngineConfig(model=str(tmp_path / "run")), server)
     found = examine(source)
     assert (found["model"].status, found["model"].detail) == (CheckStatus.OK, str(step))
