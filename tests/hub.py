@@ -71,6 +71,7 @@ class Hub:
     bytes_per_second: float = float("inf")  # of all large files together
     asked: list[Asked] = field(default_factory=list)
     sent: int = 0  # bytes of large files
+    knows_ranges: bool = True
     listed_sizes: dict[str, int] = field(default_factory=dict)  # lies, by file name
 
     def __enter__(self) -> Self:
@@ -197,7 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._refuse(HTTPStatus.NOT_FOUND, "")
             return
-        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        wanted = self.headers.get("Range", "bytes=0-") if self.hub.knows_ranges else "bytes=0-"
+        begin = int(wanted.removeprefix("bytes=").partition("-")[0])
         self.send_response(HTTPStatus.PARTIAL_CONTENT if begin else HTTPStatus.OK)
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")

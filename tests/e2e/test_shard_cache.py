@@ -59,9 +59,19 @@ def test_later_starts_map_what_the_first_wrote_and_say_the_same(model: Path, tmp
     assert "weights_rank0.safetensors" in failed.stderr
     assert "it was of the shard cache, and is removed: start again" in failed.stderr
     assert entries(tmp_path) == []
-    with serve(model, tmp_path, "--no-shard-cache") as switched_off:
-        assert switched_off.complete(**GREEDY)["text"] == text
-        assert "shard cache" not in switched_off.stderr
+
+
+@pytest.mark.slow
+def test_switched_off_nothing_is_written_and_nothing_mapped(model: Path, tmp_path: Path) -> None:
+    with serve(model, tmp_path) as service:
+        text = service.complete(**GREEDY)["text"]
+        wait_until(lambda: len(entries(tmp_path)) == 1, WRITE_SECONDS)
+    with serve(model, tmp_path, "--no-shard-cache") as service:
+        assert service.complete(**GREEDY)["text"] == text
+        assert "shard cache" not in service.stderr
+    shutil.rmtree(entries(tmp_path)[0])
+    with serve(model, tmp_path, "--no-shard-cache") as service:
+        service.complete(**GREEDY)
     assert entries(tmp_path) == []
 
 

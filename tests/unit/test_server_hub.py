@@ -263,6 +263,15 @@ def test_an_interrupted_download_goes_on_where_it_was(hub: Hub, cache: Path) -> 
     assert parts(cache) == []
 
 
+def test_a_server_that_knows_no_ranges_sends_all_again(hub: Hub, cache: Path) -> None:
+    interrupt(hub, cache)
+    hub.knows_ranges = False
+    hub.sent = 0
+    directory = download("org/big", ModelSourceConfig(), nothing)
+    assert (directory / "model.safetensors").read_bytes() == BIG
+    assert hub.sent == len(BIG)
+
+
 def test_what_a_crash_left_damaged_is_not_taken_for_the_file(hub: Hub, cache: Path) -> None:
     interrupt(hub, cache)
     (part,) = parts(cache)
