@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from engine.checkpoint.stop_request import Stopped, StopRequest
+from engine.checkpoint.stop_request import EXIT_INTERRUPTED, Stopped, StopRequest
 from engine.protocol.commands import ExportCommand, InspectCommand, ShardCommand, VerifyCommand
 from engine.worker.parent import die_with_parent
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141
+EXIT_USER_ERROR, EXIT_UNREAD = 2, 141
 COMMANDS: dict[str, type] = {
     "shard": ShardCommand,
     "inspect": InspectCommand,
@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
     try:
         stop.listen()
         die_with_parent()
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        logging.getLogger("engine").setLevel(logging.INFO)
         name, content = arguments
         return _run(msgspec.json.decode(content, type=COMMANDS[name]), stop)
     except ValueError as error:
@@ -50,6 +51,7 @@ def _run(command: Any, stop: StopRequest) -> int:
     # Importing torch takes a second, in which signals must be answered already.
     from engine.checkpoint.run import run  # noqa: PLC0415
 
+    stop.unwind()
     return run(command, stop)
 
 

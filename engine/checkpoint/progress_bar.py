@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.protocol.units import format_bytes
 
@@ -70,5 +71,6 @@ class Progress:
 @contextlib.contextmanager
 def shown_progress(title: str, *, is_shown: bool, check: Callable[[], None]) -> Iterator[Progress]:
     """Give a `Progress` that is closed after the block."""
-    with contextlib.closing(Progress(title, is_shown=is_shown, check=check)) as progress:
+    progress = Progress(title, is_shown=is_shown and sys.stderr is not None, check=check)
+    with logging_redirect_tqdm(), contextlib.closing(progress):  # lines of the log go above the bar
         yield progress

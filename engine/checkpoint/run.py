@@ -1,6 +1,6 @@
 """The commands of `ryzanstein checkpoint`: what each shows, and returns as its exit code."""
 
-import shutil
+import os
 import sys
 import time
 from pathlib import Path
@@ -74,10 +74,16 @@ def _inspect(command: InspectCommand) -> int:
     if command.json:
         _say(contents.to_json())
         return EXIT_OK
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    width = max(NARROWEST, shutil.get_terminal_size().columns) if is_terminal else None
-    _say(table_of(contents, width=width, is_unicode=_can_show("…")))
+    _say(table_of(contents, width=_columns(), is_unicode=_can_show("…")))
     return EXIT_OK
+
+
+def _columns() -> int | None:
+    """Return how wide the terminal is; None where there is none, or it does not know."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    return max(NARROWEST, columns) if columns else None
 
 
 def _verify(command: VerifyCommand, stop: StopRequest) -> int:

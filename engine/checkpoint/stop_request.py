@@ -1,27 +1,26 @@
-"""SIGINT and SIGTERM, for commands that leave nothing half done: the first unwinds the stack, later ones do nothing."""
+"""SIGINT and SIGTERM, for commands that leave nothing half done."""
 
+import os
 import signal
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop signal came.
-
-    Not `KeyboardInterrupt` itself: where that passes through an import, Python may end with SIGINT's exit code although
-    it was caught.
-    """
+    """A stop signal came."""
 
 
 class StopRequest:
-    """Whether a stop signal came. The handlers are set by `listen`."""
+    """Whether a stop signal came. The first one counts, later ones do nothing."""
 
     def __init__(self) -> None:
-        self.has_come = False
+        self._has_come = False
+        self._unwinds = False
 
     def listen(self) -> None:
-        """Raise Stopped in the main thread at the first signal.
+        """End the process at the first signal, at once: modules that are being imported cannot be interrupted safely.
 
         Who starts this process may have blocked the signals, so that none comes before it listens.
         """
@@ -29,9 +28,13 @@ class StopRequest:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    def unwind(self) -> None:
+        """From now on, raise Stopped in the main thread at the first signal, so that all is cleared away."""
+        self._unwinds = True
+
     def check(self) -> None:
-        """Raise Stopped if a signal came, which some library may have swallowed."""
-        if self.has_come:
+        """Raise Stopped if a signal came; for other threads, and in case a library has swallowed it."""
+        if self._has_come:
             raise Stopped
 
     def end(self) -> None:
@@ -40,6 +43,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, _: int, __: FrameType | None) -> None:
-        if not self.has_come:
-            self.has_come = True
+        if not self._unwinds:
+            os._exit(EXIT_INTERRUPTED)
+        if not self._has_come:
+            self._has_come = True
             raise Stopped

@@ -13,7 +13,6 @@ from engine.protocol.units import format_bytes, format_count
 FORMS = {"distributed": "a distributed checkpoint", "huggingface": "a Hugging Face checkpoint"}
 LAYER = re.compile(r"(.*?\.\d+)\.(.+)")
 GAP = "  "
-NARROWEST_NAME = 16  # characters that a name keeps where there is little room
 PLAIN = str.maketrans({"…": "-"})
 
 
@@ -148,7 +147,7 @@ def _tensor_row(tensor: TensorContents, tp_size: int | None, indent: int) -> _Ro
     cells = (tensor.name, tensor.dtype, _shape(tensor.shape))
     if tp_size is None:
         return _Row(cells, indent)
-    cut = "not cut" if tensor.dim is None else f"dimension {tensor.dim}"
+    cut = "not cut" if tensor.dim is None else f"dim {tensor.dim}"
     return _Row((*cells, cut, _shape(tensor.local_shape or ())), indent, tuple(_remarks(tensor, tp_size)))
 
 
@@ -171,38 +170,28 @@ def _part(part: ShardPart, tp_size: int) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return str(list(shape))
+    return "x".join(map(str, shape)) or "one number"
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
 def _lines(rows: list[_Row], width: int | None) -> Iterator[str]:
-    """Lay rows out in columns; the first gives way where there is little room, the last ones after it."""
+    """Lay rows out in columns; where these do not fit side by side, what has a name goes into the line below it."""
     count = max(len(row.cells) for row in rows)
     full = [row for row in rows if len(row.cells) == count]
     widths = [max(len(row.cells[column]) for row in full) for column in range(1, count)]
     names = max(len(row.cells[0]) + len(GAP) * row.indent for row in full)
-    if width is not None:
-        names = max(NARROWEST_NAME, min(names, width - sum(widths) - len(GAP) * len(widths)))
+    fits = width is None or names + sum(widths) + len(GAP) * len(widths) <= width
     for row in rows:
-        first = (GAP * row.indent + row.cells[0]) if len(row.cells) < count else _name(row, names)
-        cells = (cell.ljust(size) for cell, size in zip(row.cells[1:], widths, strict=False))
-        line = GAP.join((first.ljust(names), *cells))
-        yield _cut(line.rstrip(), width)
+        indent = GAP * row.indent
+        name = indent + row.cells[0]
+        cells = GAP.join(cell.ljust(size) for cell, size in zip(row.cells[1:], widths, strict=False))
+        beside = [f"{name.ljust(names)}{GAP}{cells}"] if fits else [name, *([f"{indent}{GAP}{cells}"] * bool(cells))]
+        for line in beside:
+            yield _cut(line.rstrip(), width)
         for remark in row.remarks:
-            indent = GAP * (row.indent + 1)
-            yield from _wrapped(indent + remark, width, indent)
-
-
-def _name(row: _Row, room: int) -> str:
-    """Return a row's name with its indent, shortened in its middle where it is longer than `room`."""
-    indent = GAP * row.indent
-    name, room = row.cells[0], room - len(indent)
-    if len(name) > room:
-        kept = room - 1
-        name = f"{name[: kept // 3]}…{name[len(name) - (kept - kept // 3) :]}"
-    return indent + name
+            yield from _wrapped(f"{indent}{GAP}{remark}", width, indent + GAP)
 
 
 def _cut(line: str, width: int | None) -> str:
