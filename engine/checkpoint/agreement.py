@@ -224,8 +224,8 @@ class GroupAgreement:
         patience = _Patience(LEAVE_SECONDS)
         while not store.has(*left):
             patience.pause()
-            ended = self._peers.ended()
-            if patience.is_over(0) or all(rank in ended or store.has(key) for rank, key in enumerate(left)):
+            living = [key for rank, key in enumerate(left) if rank not in self._peers.ended()]
+            if patience.is_over(0) or (len(living) < self._size and store.has(*living)):
                 return
         ranks = range(self._size)
         own = [self._key(word, rank) for word in ("process", "outcome", "left") for rank in ranks]
