@@ -31,8 +31,8 @@ def steps_in(parent: Path) -> list[int]:
 
 
 def is_distributed(directory: Path) -> bool:
-    """Whether a directory holds a distributed checkpoint."""
-    return (directory / METADATA_FILE).is_file()
+    """Whether a directory holds a distributed checkpoint. Others have files of that name too, beside a config.json."""
+    return (directory / METADATA_FILE).is_file() and not (directory / CONFIG_FILE).is_file()
 
 
 def find_model_directory(path: str | Path, step: int | None = None) -> Path:
