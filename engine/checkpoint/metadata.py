@@ -13,7 +13,8 @@ many files as the others, numbered by `index`, and a tensor is in those of its `
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import msgspec
 
 from engine.checkpoint.retry import read_bytes
+from engine.checkpoint.targets import source_name
 from engine.checkpoint.tensor_header import TORCH_DTYPES
 from engine.parallel.base import ShardPart, ShardSpec
 from engine.protocol.model_config import LARGEST_SIZE, MOST_RANKS
@@ -116,10 +118,12 @@ class CheckpointMetadata:
             ValueError: see `from_dict`.
         """
         try:
-            return cls.from_dict(msgspec.json.decode(content))
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+            decoded = msgspec.json.decode(content)
         except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        try:
+            return cls.from_dict(decoded)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -183,14 +187,23 @@ def _check(metadata: CheckpointMetadata) -> None:
     if metadata.step < 0:
         raise ValueError(f"step must not be negative: {metadata.step}")
     files_per_rank = _check_files(metadata)
-    names = set()
     for tensor in metadata.tensors:
         problem = _tensor_problem(tensor, metadata.tp_size, files_per_rank)
-        if tensor.name in names:
-            problem = "is there twice"
         if problem:
             raise ValueError(f"tensor {tensor.name} {problem}")
-        names.add(tensor.name)
+    _check_names(tensor.name for tensor in metadata.tensors)
+    _check_names(name for tensor in metadata.tensors for name in _source_names(tensor))
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"tensor {name} is there twice")
+
+
+def _source_names(tensor: TensorMetadata) -> list[str]:
+    """Return the names that its parts go by in a Hugging Face checkpoint."""
+    return [source_name(tensor.name, part) for part in tensor.parts] or [tensor.name]
 
 
 def _check_files(metadata: CheckpointMetadata) -> int:
@@ -204,7 +217,7 @@ def _check_files(metadata: CheckpointMetadata) -> int:
     if len(set(names)) != len(names):
         raise ValueError("files: two have the same name")
     for file in metadata.files:
-        if Path(file.name).name != file.name or not file.name:
+        if file.name in ("", ".", "..") or "/" in file.name or "\0" in file.name:
             raise ValueError(f"files: must be in the same directory, not {file.name!r}")
         if file.size < 0:
             raise ValueError(f"files: {file.name} cannot have {file.size} bytes")
@@ -232,6 +245,8 @@ def _split_problem(tensor: TensorMetadata, tp_size: int) -> str:
         fits = 0 <= part.global_size <= part.padded_size <= LARGEST_SIZE and 1 <= part.num_shards <= tp_size
         if not fits or part.padded_size % part.num_shards or tp_size % part.num_shards:
             return f"cannot be cut as parts says: {part}"
+        if part.source and "." not in tensor.name:
+            return f"has a part {part.source!r}, but no module whose name that could replace"
     total = sum(part.global_size for part in tensor.parts)
     if total != tensor.shape[tensor.dim]:
         return f"has parts of {total} together, but {tensor.shape[tensor.dim]} in its shape"
