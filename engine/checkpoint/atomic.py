@@ -57,6 +57,7 @@ class NewDirectory:
     def __init__(self, destination: Path, *, replace: bool = False) -> None:
         self._destination = destination
         self._replace = replace
+        self._is_in_place = False
 
     def __enter__(self) -> Self:
         self._check()
@@ -75,14 +76,26 @@ class NewDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                self._commit()
+            if error is None and not self._is_in_place:
+                self.commit()
             elif isinstance(error, OSError) and error.errno in _FULL_OR_READ_ONLY:
                 raise unwritable(self._destination, error) from error
-        except OSError as failure:
-            raise unwritable(self._destination, failure) from failure
         finally:
             self._holder.remove()
+
+    def commit(self) -> None:
+        """Put the directory in its place now, not at the block's end; nothing can be written into it any more.
+
+        Raises:
+            ValueError: see above.
+        """
+        try:
+            _sync_all(self.path)
+            self._rename()
+            self._is_in_place = True
+            _sync(self._destination.parent)
+        except OSError as error:
+            raise unwritable(self._destination, error) from error
 
     def _check(self) -> None:
         there = self._destination.is_symlink() or self._destination.exists()
@@ -99,14 +112,12 @@ class NewDirectory:
             self._exchange(other)
             other.rmdir()
 
-    def _commit(self) -> None:
-        _sync_all(self.path)
+    def _rename(self) -> None:
         self._check()
         if self._destination.exists():
             self._exchange(self._destination)
         else:
             _rename(self.path, self._destination)
-        _sync(self._destination.parent)
 
     def _exchange(self, other: Path) -> None:
         try:

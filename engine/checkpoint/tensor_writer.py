@@ -1,7 +1,7 @@
 """Writes a safetensors file one tensor after the other: it never holds more than one in memory."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +13,7 @@ from engine.checkpoint.checksum import new_checksum
 from engine.checkpoint.tensor_header import ALIGNMENT, DTYPE_NAMES, is_filler, make_header
 
 CHUNK_BYTES = 8 << 20  # hashed and written at once, while it is in the processor's cache
+SYNC_BYTES = 64 << 20  # after which the disk must have them, so that no wait for it is long
 FILE_FORMAT = {"format": "pt"}  # what transformers asks for
 
 
@@ -29,6 +30,7 @@ class TensorFileWriter:
         tensors: name, type and shape of each, in the order in which they will be written.
         metadata: texts for the header, beside the format.
         alignment: bytes; with 1 there are no fillers, which other programs take for tensors.
+        advance: is told of the bytes that were written, some MiB at a time; what it raises ends the writing.
 
     Raises:
         OSError: (any method) if the file cannot be written.
@@ -40,9 +42,12 @@ class TensorFileWriter:
         tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
         alignment: int = ALIGNMENT,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.path = path
+        self._advance = advance
         self.size = 0  # bytes written
+        self._synced = 0  # of these, on the disk
         self._checksum = new_checksum()
         self._header, self._places = make_header(
             [(name, DTYPE_NAMES[dtype], shape) for name, dtype, shape in tensors],
@@ -53,7 +58,11 @@ class TensorFileWriter:
 
     def __enter__(self) -> Self:
         self._file = self.path.open("xb", buffering=0)
-        self._put(self._header)
+        try:
+            self._put(self._header)
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(
@@ -84,7 +93,11 @@ class TensorFileWriter:
         for start in range(0, len(view), CHUNK_BYTES):
             chunk = view[start : start + CHUNK_BYTES]
             self._checksum.update(chunk)
+            size = len(chunk)
             while chunk:
-                written = self._file.write(chunk)
-                self.size += written
-                chunk = chunk[written:]
+                chunk = chunk[self._file.write(chunk) :]
+            self.size += size
+            if self.size - self._synced >= SYNC_BYTES:
+                os.fdatasync(self._file.fileno())
+                self._synced = self.size
+            self._advance(size)
