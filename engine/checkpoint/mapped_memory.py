@@ -19,7 +19,8 @@ MADV_WILLNEED = 3
 MADV_POPULATE_READ = 22  # Linux 5.14
 MLOCK_ONFAULT = 1
 EHWPOISON = 133  # errno has no name for it
-CHUNK_BYTES = 32 << 20  # brought in at once
+CHUNK_BYTES = 2 << 20  # brought in at once; a few tenths of a millisecond, in which nothing else can be mapped
+LOWEST_PRIORITY = 19  # nice(1)
 PROBES = 1024  # pages that are asked whether they are in memory
 PAGE = mmap.PAGESIZE
 logger = logging.getLogger(__name__)
@@ -55,10 +56,12 @@ class MappedMemory:
     def prefetch(self, advance: Callable[[int], None] = lambda _: None) -> threading.Thread:
         """Bring all of it into memory, in a thread of its own that nobody has to wait for.
 
+        It gives way to other threads, and ends with the main thread.
+
         Args:
             advance: is told, in that thread, of the bytes that came in.
         """
-        thread = threading.Thread(target=self._bring_in, args=(advance,), name="prefetch", daemon=True)
+        thread = threading.Thread(target=self._bring_in, args=(advance,), name="prefetch")
         thread.start()
         return thread
 
@@ -70,8 +73,13 @@ class MappedMemory:
         return resident / self.num_bytes
 
     def _bring_in(self, advance: Callable[[int], None]) -> None:
+        # Where all processors are busy, what they compute brings the pages in itself, and this would only hold it up.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         for path, address, length in self._ranges:
             for offset in range(0, length, CHUNK_BYTES):
+                # Not a daemon thread: those are cut off while Python ends, at times in a way that aborts the process.
+                if not threading.main_thread().is_alive():
+                    return
                 size = min(CHUNK_BYTES, length - offset)
                 if not _populate(address + offset, size):
                     logger.error("%s: cannot be read at byte %d: what uses these weights will end", path, offset)

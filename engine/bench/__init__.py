@@ -1,0 +1,1 @@
+"""Measures what the service lives on, and predicts it."""
