@@ -1,28 +1,22 @@
 """`ryzanstein checkpoint shard|inspect|verify|export`: told here, done by a process of the engine in this one's place.
 
-That process takes this one's id, terminal and signals (`exec`), so that nothing needs to be passed on, and nothing can
-be left behind. What is written to a disk follows from the command line alone: no variable, and no file, has a say.
+What is written to a disk follows from the command line alone: no variable, and no file, has a say.
 """
 
 import argparse
-import os
-import signal
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import msgspec
+from typing import Any, TypeVar
 
 from engine.protocol.commands import ExportCommand, InspectCommand, ShardCommand, VerifyCommand
 from engine.protocol.model_config import ModelConfig
-from server.launch import engine_environment
+from server.engine_command import become
 from server.logs import configure_logging
 from server.model_source.config import ModelSourceConfig
 from server.model_source.resolve import is_on_hub, resolve
 from server.options import Option, add_options, build, from_command_line, options_of
-from server.signals import STOP_SIGNALS, StopRequested
+from server.signals import StopRequested
 
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
 SOURCE = "directory of a checkpoint of either form, or of one for each step (the latest is taken)"
@@ -115,7 +109,7 @@ def add_checkpoint_commands(
 def _run(command: _Command, namespace: argparse.Namespace) -> int:
     """Check what can be checked here, and become the process that does it."""
     try:
-        _become(command.name, _read(command, namespace))
+        become("engine.checkpoint", command.name, _read(command, namespace))
     except StopRequested:
         return EXIT_INTERRUPTED
 
@@ -138,13 +132,3 @@ def _downloaded(command: ShardCommand) -> ShardCommand:
     configure_logging("info")
     name = command.model_name or command.source
     return replace(command, source=str(resolve(command.source, ModelSourceConfig(), check)), model_name=name)
-
-
-def _become(name: str, command: object) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Signals that come from here on wait for the other program, which lets them in when it can answer them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    content = msgspec.json.encode(command).decode()
-    arguments = [sys.executable, "-P", "-m", "engine.checkpoint", name, content]
-    os.execve(sys.executable, arguments, engine_environment())

@@ -1,4 +1,4 @@
-"""The command line: `ryzanstein serve [MODEL] [options]`, `ryzanstein doctor …`, `ryzanstein checkpoint COMMAND …`."""
+"""The command line: `ryzanstein serve [MODEL] [options]`, `doctor …`, `checkpoint COMMAND …` and `bench COMMAND …`."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ from typing import NoReturn
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.open_files import check_open_files, raise_open_files_limit
+from server.bench_commands import add_bench_commands
 from server.checkpoint_commands import add_checkpoint_commands
 from server.config import ServerConfig
 from server.credentials import Credentials
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(doctor)
     add_checkpoint_commands(commands, _HelpFormatter)
+    add_bench_commands(commands, _HelpFormatter)
     return parser
 
 
