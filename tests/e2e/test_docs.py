@@ -12,6 +12,8 @@ import pytest
 import trustme
 
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
+from engine.protocol.model_directory import step_directory
+from server.checkpoint_commands import COMMANDS
 from server.config import ServerConfig
 from server.options import options_of
 from tests.hub import Hub, Repository, files_of
@@ -55,6 +57,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> dict[str,
     return {
         **hub.environment(folder / "huggingface"),
         "CACHE": str(folder / "shards"),
+        "FOLDER": str(folder / "checkpoints"),
+        "SHARDED": str(sharded_model(folder / "steps")),
+        "STEPS": str(folder / "steps"),
         "MODEL": str(EMBEDDED_MODEL),
         "KEY_FILE": str(folder / "api-key"),
         "CERTIFICATE": str(folder / "certificate.pem"),
@@ -62,6 +67,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> dict[str,
         "RYZANSTEIN_PORT": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+
+
+def sharded_model(parent: Path) -> Path:
+    """Return the embedded model as a distributed checkpoint: the one of step 1000 in `parent`."""
+    directory = step_directory(parent, 1000)
+    command = [sys.executable, "-P", "-m", "server", "checkpoint", "shard", str(EMBEDDED_MODEL), str(directory)]
+    subprocess.run([*command, "--tensor-parallel-size", "2"], cwd=ROOT, check=True, timeout=200)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +121,15 @@ def test_every_option_is_in_the_guide_or_the_page_for_those_who_know_vllm() -> N
     assert [option.flag for option in options if f"{option.flag}" not in pages] == []
 
 
+def test_every_option_of_the_checkpoint_commands_is_in_the_guide() -> None:
+    guide = (DOCS / "guide.md").read_text()
+    flags = {option.flag for command in COMMANDS for option in command.options}
+    assert sorted(flag for flag in flags if flag not in guide.replace("--no-", "--")) == []
+
+
 def test_every_option_in_the_guide_is_one() -> None:
-    options = [option for config in (EngineConfig, ServerConfig) for option in options_of(config)]
+    configs = (EngineConfig, ServerConfig, *(command.config for command in COMMANDS))
+    options = [option for config in configs for option in options_of(config)]
     known = {option.flag for option in options}
     known |= {f"--no-{option.flag[2:]}" for option in options if option.type is bool}
     written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (DOCS / "guide.md").read_text()))
