@@ -43,7 +43,7 @@ class WeightDistributor:
         """Fill one tensor."""
         for piece in target.pieces(self._tp_rank, self._tp_size):
             self._copy(piece, source)
-            piece.padding.zero_()
+            self._stager.clear(piece.padding)
 
     def _copy(self, piece: Piece, source: TensorSource) -> None:
         """Copy the first of the piece's sources; where there are others too, these must be the same."""
@@ -51,6 +51,8 @@ class WeightDistributor:
         values = source.read(first, piece.wanted, piece.run.dtype)
         if values.numel():
             self._stager.copy(piece.run, values)
+        if narrows(piece.run, values):
+            self._stager.finish()  # what is on its way cannot be looked at
         if overflows(piece.run, values):
             raise ValueError(float16_problem(source, first))
         for other in others:
@@ -64,11 +66,14 @@ def refuse_extras(targets: list[Target], source: TensorSource) -> None:
         raise ValueError(problem)
 
 
+def narrows(run: Tensor, values: Tensor) -> bool:
+    """Whether `run` may not hold numbers of the type that `values` are of."""
+    return run.dtype == torch.float16 and values.dtype != torch.float16
+
+
 def overflows(run: Tensor, values: Tensor) -> bool:
     """Whether `values`, now in `run`, had some that float16 cannot hold."""
-    if run.dtype != torch.float16 or values.dtype == torch.float16:
-        return False
-    return not bool(run.isfinite().all())
+    return narrows(run, values) and not bool(run.isfinite().all())
 
 
 def float16_problem(source: TensorSource, name: str) -> str:

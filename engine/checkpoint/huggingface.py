@@ -14,12 +14,13 @@ What a directory must be like:
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from engine.checkpoint.retry import read_bytes
 from engine.checkpoint.source import TensorSource
 from engine.checkpoint.targets import TensorSlice
 from engine.checkpoint.tensor_file import TensorFile
@@ -46,9 +47,10 @@ def _read_index(directory: Path) -> dict[str, str]:
     path = directory / INDEX_FILE
     if not path.is_file():
         raise ValueError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; no other weights are read")
+    content = read_bytes(path)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        index = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -71,19 +73,22 @@ class HuggingFaceFiles(TensorSource):
     Args:
         directory: a Hugging Face model directory.
         use_memory_map: see `TensorFile`.
+        check: see `TensorFile`.
 
     Raises:
         ValueError: naming the file that is missing, not whole, or not what the index says.
     """
 
-    def __init__(self, directory: Path, *, use_memory_map: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, use_memory_map: bool = True, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.paths = weight_files(directory)
         index = None if self.paths == [directory / SINGLE_FILE] else _read_index(directory)
         self._listing = directory / (SINGLE_FILE if index is None else INDEX_FILE)  # what says which tensors are
         self._files: dict[Path, TensorFile] = {}
         try:
             for path in self.paths:
-                self._files[path] = TensorFile(path, use_memory_map=use_memory_map)
+                self._files[path] = TensorFile(path, use_memory_map=use_memory_map, check=check)
             self._file_of = self._locate(index or {})
         except BaseException:
             self.close()

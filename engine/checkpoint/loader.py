@@ -1,8 +1,11 @@
 """Loads distributed checkpoints: each rank its own file, or the slices that it needs of any."""
 
+import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +24,10 @@ from engine.checkpoint.targets import Target, targets_of
 from engine.checkpoint.tensor_header import DTYPE_NAMES
 from engine.communication.handler import CommunicationHandler
 from engine.protocol.model_directory import METADATA_FILE, find_model_directory
+from engine.protocol.units import format_bytes
 
 CHECKSUM_THREADS = 4  # of each rank; each computes faster than most disks read
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,7 @@ class DistributedCheckpointLoader:
         self._agreement = agreement
         self._meter = Meter(agreement, progress)
         self._viewed: dict[str, FileMetadata] = {}  # files that tensors are views of
+        self._copied_bytes = 0
 
     def load_metadata(self) -> tuple[Path, CheckpointMetadata]:
         """Return the checkpoint's directory and metadata, which rank 0 reads and all ranks check.
@@ -98,8 +104,8 @@ class DistributedCheckpointLoader:
             ValueError: naming the file, and the entry that cannot be used.
         """
         shared = self._agreement.share("metadata", self._read_metadata)
-        directory, _, content = shared.partition(b"\n")
-        path = Path(directory.decode())
+        directory, _, content = shared.partition(b"\0")
+        path = Path(os.fsdecode(directory))
         return path, CheckpointMetadata.parse(content, path / METADATA_FILE)
 
     def load(self, model: nn.Module) -> LoadReport:
@@ -117,7 +123,13 @@ class DistributedCheckpointLoader:
         self._meter.start(sum(target.tensor.nbytes for target in targets) + sum(file.size for file in checked))
         self._check(directory, checked)
         near = self._group.rank * metadata.tp_size // self._group.world_size
-        with ShardedFiles(directory, metadata, use_memory_map=self._config.use_memory_map, near=near) as source:
+        with ShardedFiles(
+            directory,
+            metadata,
+            use_memory_map=self._config.use_memory_map,
+            near=near,
+            check=self._agreement.check,
+        ) as source:
             memory = self._fill(targets, source)
             return LoadReport(
                 directory=directory,
@@ -129,7 +141,7 @@ class DistributedCheckpointLoader:
 
     def _read_metadata(self) -> bytes:
         directory = find_model_directory(self._config.checkpoint_dir, self._config.step)
-        return str(directory).encode() + b"\n" + read_bytes(directory / METADATA_FILE)
+        return os.fsencode(directory) + b"\0" + read_bytes(directory / METADATA_FILE)
 
     # --- checksums ---------------------------------------------------------------------------------------------------
 
@@ -142,10 +154,22 @@ class DistributedCheckpointLoader:
     def _check(self, directory: Path, files: list[FileMetadata]) -> None:
         if not files:
             return
+        is_over = threading.Event()  # one file is enough to fail: then the others are not read to their ends
+
+        def advance(count: int) -> None:
+            if is_over.is_set():
+                raise InterruptedError
+            self._meter.advance(count)
+
         with ThreadPoolExecutor(min(CHECKSUM_THREADS, len(files))) as pool:
-            for problem in pool.map(lambda file: checksum_problem(directory, file, self._meter.advance), files):
-                if problem:
-                    raise ValueError(problem)
+            checks = [pool.submit(checksum_problem, directory, file, advance) for file in files]
+            try:
+                for check in as_completed(checks):
+                    if problem := check.result():
+                        raise ValueError(problem)
+            finally:
+                is_over.set()
+                pool.shutdown(wait=False, cancel_futures=True)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +181,7 @@ class DistributedCheckpointLoader:
             stored = self._stored_alike(target, source.metadata)
             if stored is None:
                 distributor.fill_target(target, source)
+                self._copied_bytes += target.tensor.nbytes
             else:
                 self._take(target, stored, source, stager)
         stager.finish()
@@ -166,6 +191,8 @@ class DistributedCheckpointLoader:
         """Return the stored tensor whose part in this rank's file is the target as it stands."""
         stored = metadata.tensor_of.get(target.name)
         if stored is None or metadata.tp_size != self._group.world_size:
+            return None
+        if any(name in metadata.tensor_of for name in target.names[1:]):  # must be found to be the same
             return None
         is_alike = (
             stored.spec == target.spec
@@ -191,6 +218,9 @@ class DistributedCheckpointLoader:
         memory = MappedMemory([(str(source.directory / file.name), source.open(file).data) for file in files])
         if self._config.lock_memory:
             memory.lock()
+            if self._copied_bytes:
+                count = format_bytes(self._copied_bytes)
+                logger.warning("%s: %s are copied, not mapped: memory is not locked", source.directory, count)
         if self._config.enable_prefetch or self._config.lock_memory:
             memory.prefetch()
         return memory

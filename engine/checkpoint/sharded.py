@@ -1,6 +1,6 @@
 """A distributed checkpoint as a source of tensors: put together from the ranks' files, wherever the slices lie."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata
 from engine.checkpoint.source import TensorSource
+from engine.checkpoint.staging import chunks
 from engine.checkpoint.targets import TensorSlice, source_name
 from engine.checkpoint.tensor_file import TensorFile
 from engine.parallel.base import ShardPart
@@ -41,18 +42,26 @@ class ShardedFiles(TensorSource):
         metadata: what it holds.
         use_memory_map: see `TensorFile`.
         near: of what every rank's file has, the copy of this rank is read, or of the one that stands in its place.
+        check: see `TensorFile`.
 
     Raises:
         ValueError: (each method that reads) naming the file and the tensor that is not as the metadata says.
     """
 
     def __init__(
-        self, directory: Path, metadata: CheckpointMetadata, *, use_memory_map: bool = True, near: int = 0
+        self,
+        directory: Path,
+        metadata: CheckpointMetadata,
+        *,
+        use_memory_map: bool = True,
+        near: int = 0,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.directory = directory
         self.metadata = metadata
         self._use_memory_map = use_memory_map
         self._near = near % metadata.tp_size
+        self._check = check
         self._open_files: dict[str, TensorFile] = {}
         self._parts = {name: part for tensor in metadata.tensors for name, part in _parts_of(tensor)}
 
@@ -127,7 +136,16 @@ class ShardedFiles(TensorSource):
                 runs.append(self._read_run(part, self._holder(shards, shard), start - first, stop - first))
         dim = part.stored.dim
         assert dim is not None
-        return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+        return runs[0] if len(runs) == 1 else self._join(runs, dim, wanted.shape)
+
+    def _join(self, runs: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
+        joined, start = torch.empty(shape, dtype=runs[0].dtype), 0
+        for run in runs:
+            for target, values in chunks(joined.narrow(dim, start, run.shape[dim]), run):
+                self._check()
+                target.copy_(values)
+            start += run.shape[dim]
+        return joined
 
     def _read_run(self, part: _Part, rank: int, start: int, stop: int) -> Tensor:
         file = self.open(self.metadata.file_of(part.stored, rank))
@@ -143,7 +161,7 @@ class ShardedFiles(TensorSource):
         path = self.directory / file.name
         if not path.is_file():
             raise ValueError(f"{path}: is missing; {METADATA_FILE} names it as a file of rank {file.rank}")
-        opened = TensorFile(path, use_memory_map=self._use_memory_map)
+        opened = TensorFile(path, use_memory_map=self._use_memory_map, check=self._check)
         try:
             for problem in file_problems(opened, file, self.metadata):
                 raise ValueError(problem)

@@ -16,7 +16,7 @@ class Stager:
 
     Args:
         device: where the tensors that are written to lie.
-        advance: is told of the bytes that were copied, after each chunk; what it raises ends the copying.
+        advance: is told of the bytes that were filled, after each chunk; what it raises ends the copying.
     """
 
     def __init__(self, device: torch.device, advance: Callable[[int], None] = lambda _: None) -> None:
@@ -24,13 +24,25 @@ class Stager:
         self._ring = _PinnedRing(device) if device.type == "cuda" else None
 
     def copy(self, target: Tensor, values: Tensor) -> None:
-        """Copy `values` into `target`, which is of the same shape, and may be of another type."""
-        for target_rows, rows in _chunks(target, values):
+        """Copy `values` into `target`, which is of the same shape, and may be of another type.
+
+        Raises:
+            ValueError: if `target` has no memory.
+        """
+        if target.is_meta:
+            raise ValueError("the model lies on the device meta, where nothing can be loaded; build it on cpu or cuda")
+        for target_rows, rows in chunks(target, values):
             if self._ring is None:
                 target_rows.copy_(rows)
             else:  # pragma: cuda
                 self._ring.send(target_rows, rows)
-            self._advance(rows.nbytes)
+            self._advance(target_rows.nbytes)
+
+    def clear(self, target: Tensor) -> None:
+        """Fill with zeros."""
+        if target.numel():
+            target.zero_()
+            self._advance(target.nbytes)
 
     def finish(self) -> None:
         """Wait until all has arrived."""
@@ -67,7 +79,7 @@ class _PinnedRing:  # pragma: cuda
         self._stream.synchronize()
 
 
-def _chunks(target: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(target: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield pairs of rows, at most `CHUNK_BYTES` of `values` where a row is not larger than that."""
     if values.ndim == 0 or values.nbytes <= CHUNK_BYTES:
         yield target, values

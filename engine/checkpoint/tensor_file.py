@@ -20,6 +20,8 @@ from engine.checkpoint.tensor_header import (
     parse_header,
 )
 
+CHUNK_BYTES = 16 << 20  # read at once
+
 
 class TensorFile:
     """One safetensors file.
@@ -28,15 +30,16 @@ class TensorFile:
         path: of the file.
         use_memory_map: whether tensors are views of the mapped file, which read nothing before they are used and share
             their memory with other processes that map it; else reads fill memory of their own.
+        check: is called between two reads of some MiB; what it raises ends the reading.
 
     Raises:
         ValueError: naming the file, if it cannot be read, or is not a whole safetensors file.
     """
 
-    def __init__(self, path: Path, *, use_memory_map: bool = True) -> None:
+    def __init__(self, path: Path, *, use_memory_map: bool = True, check: Callable[[], None] = lambda: None) -> None:
         self.path = path
-        with retrying(path, lambda: path.open("rb", buffering=0)) as file:
-            self._descriptor = os.dup(file.fileno())
+        self._check = check
+        self._descriptor = retrying(path, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         try:
             self.size = os.fstat(self._descriptor).st_size
             self.places = self._read_places()
@@ -78,13 +81,24 @@ class TensorFile:
         return wanted.of(self._mapped[place.start : place.stop].view(dtype).view(place.shape))
 
     def _read_places(self) -> dict[str, TensorPlace]:
+        start = self._head(min(LENGTH_BYTES, self.size))
         try:
-            start = self._pread(0, LENGTH_BYTES)
-            return parse_header(self._pread(0, LENGTH_BYTES + header_length(start, self.size)), self.size)
+            length = header_length(start, self.size)
         except ValueError as error:
-            raise ValueError(
-                f"{self.path}: is no whole safetensors file ({error}); was it downloaded completely?"
-            ) from error
+            raise self._not_whole(error) from error
+        content = self._head(LENGTH_BYTES + length)
+        try:
+            return parse_header(content, self.size)
+        except ValueError as error:
+            raise self._not_whole(error) from error
+
+    def _head(self, count: int) -> bytes:
+        content = bytearray(count)
+        self._fill(memoryview(content), 0)
+        return bytes(content)
+
+    def _not_whole(self, error: ValueError) -> ValueError:
+        return ValueError(f"{self.path}: is no whole safetensors file ({error}); was it downloaded completely?")
 
     def _map(self) -> Tensor:
         try:
@@ -93,9 +107,6 @@ class TensorFile:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot be mapped into memory: {error}; try --no-mmap") from error
         return torch.frombuffer(content, dtype=torch.uint8)
-
-    def _pread(self, offset: int, count: int) -> bytes:
-        return retrying(self.path, lambda: os.pread(self._descriptor, count, offset))
 
     def _read(self, place: TensorPlace, wanted: TensorSlice) -> Tensor:
         """Read the runs of bytes that a slice consists of: one, or one for each index before the cut dimension."""
@@ -112,7 +123,8 @@ class TensorFile:
 
     def _fill(self, target: memoryview, offset: int) -> None:
         while target:
-            count = retrying(self.path, _preadv(self._descriptor, target, offset))
+            self._check()
+            count = retrying(self.path, _preadv(self._descriptor, target[:CHUNK_BYTES], offset))
             if count == 0:
                 raise ValueError(f"{self.path}: ends at byte {offset}; it was longer when it was opened")
             target, offset = target[count:], offset + count

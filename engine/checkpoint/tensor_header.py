@@ -19,6 +19,8 @@ LENGTH_BYTES = 8
 LARGEST_HEADER = 100 * 2**20  # bytes, as in the stock library
 FILLER_PREFIX = "__pad_"
 METADATA_KEY = "__metadata__"
+LARGEST_NUMBER = 2**63 - 1
+MOST_DIMENSIONS = 64  # as in torch
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -91,13 +93,29 @@ def header_length(content: bytes, file_size: int) -> int:
 
 
 def _decode(content: bytes) -> dict[str, Any]:
+    """Take nothing that other readers of the format refuse, or may understand otherwise."""
+    if not content.startswith(b"{"):
+        raise ValueError("its header is no JSON object")
     try:
-        header = json.loads(content)
+        header: dict[str, Any] = json.loads(
+            content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+        "".join(header).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
     return header
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return entries
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it has {name}")
 
 
 def _place(name: str, entry: Any, data_start: int) -> TensorPlace:
@@ -105,8 +123,8 @@ def _place(name: str, entry: Any, data_start: int) -> TensorPlace:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"its header has no dtype, shape and data_offsets for tensor {name}") from error
-    numbers = (*shape, start, stop)
-    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+    is_usable = isinstance(dtype, str) and len(shape) <= MOST_DIMENSIONS
+    if not is_usable or not all(type(n) is int and 0 <= n <= LARGEST_NUMBER for n in (*shape, start, stop)):
         raise ValueError(f"its header has no usable dtype, shape and data_offsets for tensor {name}")
     known = TORCH_DTYPES.get(dtype)
     if start > stop or (known is not None and stop - start != math.prod(shape) * known.itemsize):
@@ -126,10 +144,15 @@ def make_header(
 
     Returns:
         The file's first bytes, and the place of each tensor, fillers included, in order.
+
+    Raises:
+        ValueError: naming a tensor whose name the format keeps for something else.
     """
     offsets: dict[str, TensorPlace] = {}  # from the end of the header
     end = 0
     for name, dtype, shape in tensors:
+        if is_filler(name) or name == METADATA_KEY:
+            raise ValueError(f"tensor {name} needs another name: this one is kept for what is no tensor")
         start = -(-end // alignment) * alignment
         if start != end:
             offsets[f"{FILLER_PREFIX}{len(offsets)}"] = TensorPlace("U8", (start - end,), end, start)
