@@ -23,6 +23,7 @@ from engine.models.registry import build_model
 from engine.protocol.config import EMBEDDED_MODEL
 from engine.protocol.environment import PARENT_PID_VARIABLE
 from engine.protocol.model_config import ModelConfig
+from tests.hub import Hub, Repository, files_of
 from tests.service_process import ServiceProcess, wait_until
 from tests.terminal import Terminal
 
@@ -62,6 +63,20 @@ def test_a_sharded_model_verifies_and_is_exported_again(sharded: Path, tmp_path:
     assert exported.returncode == 0, exported.stderr
     assert exported.stdout.startswith(f"{tmp_path / 'again'}: 3 files as Hugging Face has them, 10.4 MiB")
     assert checkpoint("verify", tmp_path / "again").returncode == 0
+
+
+def test_a_model_of_the_hub_is_downloaded_and_sharded_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Hub({"org/name": Repository({"main": files_of(EMBEDDED_MODEL)})}) as hub:
+        for name, value in hub.environment(tmp_path / "hub").items():
+            monkeypatch.setenv(name, value)
+        refused = checkpoint("shard", "org/name", tmp_path / "sharded", "-tp", "3")
+        assert (refused.returncode, "--tensor-parallel-size 3 does not divide" in refused.stderr) == (2, True)
+        done = checkpoint("shard", "org/name", tmp_path / "sharded", "-tp", "2")
+        assert done.returncode == 0, done.stderr
+    assert CheckpointMetadata.read(tmp_path / "sharded").model_name == "org/name"
+    assert checkpoint("verify", tmp_path / "sharded").returncode == 0
 
 
 def test_what_was_sharded_is_served(sharded: Path) -> None:
@@ -116,7 +131,7 @@ def test_no_progress_is_silence(tmp_path: Path) -> None:
         ("shard a b -tp 0", "--tensor-parallel-size must be between 1 and 2147483647, not 0 (command line)"),
         (
             "shard a b --dtype int8",
-            "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'{LINE}",
+            "--dtype must be one of auto, float32, bfloat16, float16, not 'int8' (command line)",
         ),
         ("export a b --max-file-size 1k", "--max-file-size must be at least 1048576 bytes, not 1024 (command line)"),
         ("shard ./none b", "model: none is not a directory"),

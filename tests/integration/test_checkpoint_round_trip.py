@@ -15,6 +15,7 @@ from engine.checkpoint.convert import shard
 from engine.checkpoint.export import export
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.tensor_header import is_filler
+from engine.checkpoint.verify import verify
 from engine.protocol.commands import ExportCommand, ShardCommand
 from engine.protocol.model_directory import read_model_config
 from tests.checkpoints import random_llama, random_mistral, random_qwen2
@@ -135,3 +136,12 @@ def test_transformers_loads_an_export_in_several_files(tmp_path: Path) -> None:
     assert (exported / "model.safetensors.index.json").is_file()
     assert_same(model, exported)
     load(exported)
+
+
+def test_a_hundred_and_twenty_eight_ranks_hold_the_same_model(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 128, "num_key_value_heads": 8, "head_dim": 2, "hidden_size": 128}
+    model = random_llama(tmp_path / "model", 1, **heads, intermediate_size=131, attention_bias=True)
+    metadata = to_shards(model, tmp_path / "sharded", 128)
+    assert len(metadata.files) == 128
+    assert verify(tmp_path / "sharded", nobody_looks).problems == []
+    assert_same(model, to_huggingface(tmp_path / "sharded", tmp_path / "again"))
