@@ -12,7 +12,7 @@ from engine.checkpoint.convert import Start
 from engine.checkpoint.destination import TEXT_FILES
 from engine.checkpoint.huggingface import weight_files
 from engine.checkpoint.loader import CHECKSUM_THREADS, checksum_problem
-from engine.checkpoint.metadata import CheckpointMetadata, TensorMetadata
+from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata
 from engine.checkpoint.problems import header_problems, value_problems
 from engine.checkpoint.sharded import ShardedFiles, file_problems
 from engine.checkpoint.stored_model import StoredModel
@@ -76,8 +76,15 @@ def checksum_problems(
     """
     if not metadata.files:
         return
+
+    def problem_of(file: FileMetadata) -> str:
+        try:
+            return checksum_problem(directory, file, advance)
+        except ValueError as error:  # it cannot be read; the others may be
+            return str(error)
+
     with ThreadPoolExecutor(min(len(metadata.files), max(CHECKSUM_THREADS, num_cpus()))) as pool:
-        yield from filter(None, pool.map(lambda file: checksum_problem(directory, file, advance), metadata.files))
+        yield from filter(None, pool.map(problem_of, metadata.files))
 
 
 # --- a distributed checkpoint ----------------------------------------------------------------------------------------

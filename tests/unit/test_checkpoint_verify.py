@@ -235,6 +235,17 @@ def test_all_problems_are_found_not_just_the_first(sharded: Path) -> None:
     assert [sum(f"weights_rank{rank}." in problem for problem in problems) for rank in range(4)] == [1, 1, 1, 0]
 
 
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_checked(sharded: Path) -> None:
+    broken = "weights_rank0.safetensors"
+    (sharded / broken).unlink()
+    (sharded / broken).symlink_to("/proc/self/mem")  # each read of its beginning fails
+    edit(sharded, lambda content: next(f for f in content["files"] if f["name"] == broken).update(size=0))
+    flip_a_byte(sharded)
+    problems = check(sharded).problems
+    assert any(problem.startswith(f"{sharded}/{broken}: cannot be read: ") for problem in problems), problems
+    assert any(problem.startswith(f"{sharded}/{FILE}: has checksum ") for problem in problems), problems
+
+
 def test_other_files_in_the_directory_are_worth_a_note(sharded: Path) -> None:
     (sharded / "weights_rank4.safetensors").write_text("?")
     verdict = check(sharded)
