@@ -76,7 +76,7 @@ def test_metadata_without_a_configuration_is_named(tmp_path: Path, content: str)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config\.json, metadata\.json or model-step-N"):
+    with pytest.raises(ValueError, match=r"has neither config\.json nor metadata\.json, nor any model-step-N"):
         find_model_directory(tmp_path)
     with pytest.raises(ValueError, match="is not a directory"):
         find_model_directory(tmp_path / "nowhere")
