@@ -17,6 +17,7 @@ from engine.checkpoint.group_store import GroupStore, StoreLostError
 from engine.checkpoint.peers import Peers, identity
 from engine.communication.handler import CommunicationHandler
 
+PROCESSES = "ryzanstein/processes"  # keys that stay: of a rank that died between two agreements, too, it is known
 CHECK_INTERVAL = 0.1  # seconds between two looks at the store while loading
 ALIVE_INTERVAL = 1.0  # seconds between two words of a rank that it still works
 FIRST_WAIT, LONGEST_WAIT = 0.0002, 0.02  # seconds between two looks while waiting for the others
@@ -73,7 +74,7 @@ class GroupAgreement:
                 # Each rank counts its own, so that all arrive at the same number without waiting for each other.
                 number = self._store.add(f"ryzanstein/agreements/{self._rank}", 1)
                 self._prefix = f"ryzanstein/agreement-{number}"
-                self._store.set(self._key("process", self._rank), identity())
+                self._store.set(f"{PROCESSES}/{self._rank}", identity())
             except StoreLostError as lost:
                 raise RuntimeError(self._explain(lost)) from lost
         return self
@@ -228,7 +229,7 @@ class GroupAgreement:
             if patience.is_over(0) or (len(living) < self._size and store.has(*living)):
                 return
         ranks = range(self._size)
-        own = [self._key(word, rank) for word in ("process", "outcome", "left") for rank in ranks]
+        own = [self._key(word, rank) for word in ("outcome", "left") for rank in ranks]
         store.delete([*self._shared, *own, *map(self._key, ("alive", "failed", "verdict"))])
 
     # --- the others --------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ class GroupAgreement:
     def _meet_peers(self, store: GroupStore) -> None:
         """Take hold of the processes of ranks that have come since the last look."""
         for rank in list(self._unmet):
-            key = self._key("process", rank)
+            key = f"{PROCESSES}/{rank}"
             if store.has(key):
                 self._unmet.remove(rank)
                 self._peers.meet(rank, store.get(key))
