@@ -11,6 +11,7 @@ import httpx
 import pytest
 import trustme
 
+from engine.protocol.commands import BenchLoadCommand
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
 from engine.protocol.model_directory import step_directory
 from server.checkpoint_commands import COMMANDS
@@ -22,7 +23,7 @@ from tests.service_process import ServiceProcess
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ADDRESS = "http://127.0.0.1:8000"
-PAGES = ("guide.md", "development.md", "from-vllm.md", "architecture.md")
+PAGES = ("guide.md", "development.md", "from-vllm.md", "architecture.md", "capacity.md")
 
 
 def commands(page: str) -> list[str]:
@@ -121,14 +122,15 @@ def test_every_option_is_in_the_guide_or_the_page_for_those_who_know_vllm() -> N
     assert [option.flag for option in options if f"{option.flag}" not in pages] == []
 
 
-def test_every_option_of_the_checkpoint_commands_is_in_the_guide() -> None:
+def test_every_option_of_the_checkpoint_and_bench_commands_is_in_the_guide() -> None:
     guide = (DOCS / "guide.md").read_text()
     flags = {option.flag for command in COMMANDS for option in command.options}
+    flags |= {option.flag for option in options_of(BenchLoadCommand)[1:]}
     assert sorted(flag for flag in flags if flag not in guide.replace("--no-", "--")) == []
 
 
 def test_every_option_in_the_guide_is_one() -> None:
-    configs = (EngineConfig, ServerConfig, *(command.config for command in COMMANDS))
+    configs = (EngineConfig, ServerConfig, BenchLoadCommand, *(command.config for command in COMMANDS))
     options = [option for config in configs for option in options_of(config)]
     known = {option.flag for option in options}
     known |= {f"--no-{option.flag[2:]}" for option in options if option.type is bool}
