@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from engine.checkpoint.convert import shard
 from engine.checkpoint.loader import checksum_problem
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.model_distributor import ModelDistributor
@@ -31,8 +32,10 @@ from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.parallel.base import split_evenly
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from engine.protocol.commands import SMALLEST_FILE, ShardCommand
 from engine.protocol.model_config import ModelConfig, RopeConfig
-from engine.protocol.model_directory import find_model_directory, steps_in
+from engine.protocol.model_directory import find_model_directory, read_model_config, steps_in
+from tests.checkpoints import random_llama
 from tests.distributed import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +133,33 @@ def test_the_metadata_is_that_of_all_ranks(tmp_path: Path, tp_size: int) -> None
 def test_what_some_ranks_save_others_load(tmp_path: Path, tp_size: int, other: int) -> None:
     run_on_ranks(save_filled, tp_size, tmp_path)
     assert run_on_ranks(load_is_same, other, tmp_path, 1) == [True] * other
+
+
+def save_stored(group: CommunicationHandler, source: Path, directory: Path) -> None:
+    content, origin = read_model_config(source)
+    model = build_model(ModelConfig.from_object(content, origin), group, device=CPU, dtype=torch.float32)
+    ModelDistributor(group).load_model(model, source)
+    metadata = CheckpointMetadata(model_name=source.name, config=content)
+    CheckpointSaver(directory, group, max_file_size=SMALLEST_FILE).save_checkpoint(model, metadata, 0)
+
+
+@pytest.mark.parametrize("tp_size", [1, 4])
+def test_what_is_saved_is_what_the_shard_command_writes(tmp_path: Path, tp_size: int) -> None:
+    source = random_llama(tmp_path / "model", 1, hidden_size=16, vocab_size=80_001)  # 1.3 MB of them on each of four
+    run_on_ranks(save_stored, tp_size, source, tmp_path / "saved")
+    command = ShardCommand(
+        source=str(source),
+        destination=str(tmp_path / "sharded"),
+        tensor_parallel_size=tp_size,
+        max_file_size=SMALLEST_FILE,
+        progress=False,
+    )
+    metadata = shard(command, lambda _: lambda _: None)
+    saved = tmp_path / "saved/model-step-0"
+    assert CheckpointMetadata.read(saved) == metadata
+    assert len(metadata.files) > tp_size
+    for file in metadata.files:
+        assert (saved / file.name).read_bytes() == (tmp_path / "sharded" / file.name).read_bytes()
 
 
 def test_steps_come_and_go(tmp_path: Path) -> None:
