@@ -1,7 +1,7 @@
 """What `ryzanstein bench load` found: figures of several runs, as a table for people and as JSON for scripts."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -97,7 +97,7 @@ class LoadBenchmark:
             yield f"note: {note}"
 
 
-def phase_of(loads: list[Samples], plains: list[Samples]) -> Phase:
+def phase_of(loads: Sequence[Samples], plains: Sequence[Samples]) -> Phase:
     """Return the figures of measurements of both ways, as many of each, in the order in which they were taken."""
     pairs = list(zip(loads, plains, strict=True))
     return Phase(
@@ -133,7 +133,7 @@ def _beyond(samples: Samples, growth: Callable[[LoadSample], int]) -> float:
     return max(growth(item) / item.weight_bytes - 1 for item in samples)
 
 
-def _storage_bytes(loads: list[Samples]) -> tuple[int, ...] | None:
+def _storage_bytes(loads: Sequence[Samples]) -> tuple[int, ...] | None:
     by_rank = [[item.storage_bytes for item in samples] for samples in zip(*loads, strict=True)]
     known = [[size for size in sizes if size is not None] for sizes in by_rank]
     return tuple(int(statistics.median(sizes)) for sizes in known) if all(known) else None
