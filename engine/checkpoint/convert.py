@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorM
 from engine.checkpoint.sharded import ShardedFiles
 from engine.checkpoint.stored_model import StoredModel
 from engine.checkpoint.targets import Target
-from engine.checkpoint.tensor_header import TORCH_DTYPES
 from engine.checkpoint.tensor_writer import TensorFileWriter
 from engine.protocol.commands import ShardCommand
 from engine.protocol.model_directory import METADATA_FILE
@@ -92,19 +90,12 @@ def _describe(
         origin = model.source.metadata
     else:  # as it is written: a link is often the name, and what it leads to a hash
         origin = CheckpointMetadata(model_name=Path(os.path.normpath(Path(command.source).absolute())).name)
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
-    return replace(
+    named = replace(
         origin,
         model_name=command.model_name or origin.model_name,
         config=model.raw_config if dtype is None else with_dtype(model.raw_config, _name(dtype)),
-        model_size=sizes.total(),
-        dtype=_name(TORCH_DTYPES[sizes.most_common(1)[0][0]]),
-        tp_size=command.tensor_parallel_size,
-        files=(),
-        tensors=tensors,
     )
+    return named.of_tensors(tensors, command.tensor_parallel_size)
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ many files as the others, numbered by `index`, and a tensor is in those of its `
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,22 @@ class CheckpointMetadata:
     def to_json(self) -> bytes:
         """Return what `metadata.json` holds, a line an entry."""
         return msgspec.json.format(msgspec.json.encode(self.to_dict()), indent=1) + b"\n"
+
+    def of_tensors(self, tensors: tuple[TensorMetadata, ...], tp_size: int) -> "CheckpointMetadata":
+        """Return what describes these tensors, cut for so many ranks, under the same name; their files are to come."""
+        sizes = Counter[str]()
+        for tensor in tensors:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+        floating = [TORCH_DTYPES[name] for name, _ in sizes.most_common() if TORCH_DTYPES[name].is_floating_point]
+        return replace(
+            self,
+            model_size=sizes.total(),
+            dtype=str(floating[0]).removeprefix("torch.") if floating else "",
+            tp_size=tp_size,
+            files=(),
+            tensors=tensors,
+            format_version=FORMAT_VERSION,
+        )
 
     @property
     def weight_bytes(self) -> int:

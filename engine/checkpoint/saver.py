@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +14,10 @@ from engine.checkpoint.atomic import NewDirectory, remove_directory, unwritable
 from engine.checkpoint.destination import TEXT_FILES, write_file
 from engine.checkpoint.file_lock import DirectoryLock
 from engine.checkpoint.layout import lay_out
-from engine.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata, FileMetadata, TensorMetadata, file_name
+from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata, file_name
 from engine.checkpoint.rank_writer import RankContents, RankWriter, difference, savable_targets, unlike_copies
 from engine.checkpoint.retry import read_bytes
 from engine.checkpoint.targets import Target
-from engine.checkpoint.tensor_header import TORCH_DTYPES
 from engine.communication.handler import CommunicationHandler
 from engine.protocol.model_directory import METADATA_FILE, step_directory, steps_in
 
@@ -86,7 +83,7 @@ class CheckpointSaver:
             targets = savable_targets(model)
             tensors = lay_out(targets, max_file_size=self._max_file_size)
             self._compare(agreement, tensors, step)
-            described = _described(metadata, tensors, step, self._group)
+            described = replace(metadata, step=step).of_tensors(tensors, self._group.world_size)
             leader = _Leader(opened, self._directory, described, self._tokenizer_files)
             shared = agreement.share("directory", leader.begin)
             contents = self._write(Path(shared.decode()), targets, tensors, agreement)
@@ -218,22 +215,3 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(path, error) from error
-
-
-def _described(
-    metadata: CheckpointMetadata, tensors: tuple[TensorMetadata, ...], step: int, group: CommunicationHandler
-) -> CheckpointMetadata:
-    sizes = Counter[str]()
-    for tensor in tensors:
-        sizes[tensor.dtype] += math.prod(tensor.shape)
-    floating = [name for name, _ in sizes.most_common() if TORCH_DTYPES[name].is_floating_point]
-    return replace(
-        metadata,
-        step=step,
-        model_size=sizes.total(),
-        dtype=str(TORCH_DTYPES[floating[0]]).removeprefix("torch.") if floating else "",
-        tp_size=group.world_size,
-        files=(),
-        tensors=tensors,
-        format_version=FORMAT_VERSION,
-    )
