@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -385,16 +386,22 @@ def torchrun(directory: Path, what: str) -> tuple[int, list[str]]:
     with Leftovers() as leftovers:
         script = leftovers.folder / "script.py"
         script.write_text(SCRIPT)
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*command, str(script), str(directory), what],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            timeout=60,
-            check=False,
         )
-    return done.returncode, sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+        try:
+            output, _ = process.communicate(timeout=SERVICE_SECONDS)
+        finally:
+            if process.poll() is None:  # its ranks would outlive it
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+                process.wait()
+    return process.returncode, sorted(line for line in output.splitlines() if line.startswith("rank "))
 
 
 def test_a_script_under_torchrun_loads_and_may_end_at_once(good: Path) -> None:

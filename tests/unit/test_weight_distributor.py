@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from engine.checkpoint.distributor import WeightDistributor
 from engine.checkpoint.huggingface import SINGLE_FILE, HuggingFaceFiles
+from engine.checkpoint.layout import lay_out
 from engine.checkpoint.loader import ModelLoadConfig
-from engine.checkpoint.metadata import CheckpointMetadata
+from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, file_name
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.checkpoint.sharded import ShardedFiles
 from engine.checkpoint.source import TensorSource
@@ -25,7 +26,6 @@ from engine.checkpoint.targets import TensorSlice, targets_of
 from engine.models.registry import build_model
 from engine.parallel.base import ShardPart
 from engine.protocol.model_config import ModelConfig
-from engine.protocol.model_directory import METADATA_FILE
 from tests.checkpoints import random_llama, random_qwen2
 from tests.configs import model_config
 from tests.sharded_checkpoints import CPU, place, shard, write
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_many_ranks_is_cut_as_slicing_cuts(saved_by: int, loaded
 
 
 def test_metadata_of_128_ranks_is_parsed_at_once(tmp_path: Path, tell: Tell) -> None:
-    """Of a model of 80 layers, in four files a rank."""
+    """Of a model of 80 layers, in several files a rank."""
     config = model_config(
         vocab_size=1280, hidden_size=1, intermediate_size=1, num_hidden_layers=80, num_attention_heads=128, head_dim=2
     )
@@ -267,16 +267,26 @@ def test_metadata_of_128_ranks_is_parsed_at_once(tmp_path: Path, tell: Tell) -> 
         return build_model(config, group, device=CPU, dtype=torch.float32)
 
     model = make(place(0, 128))
-    write(make, tmp_path / "ck", 128, max_file_size=num_bytes(model) // 2)
-    content = (tmp_path / "ck" / METADATA_FILE).read_bytes()
-    began = time.perf_counter()
-    metadata = CheckpointMetadata.parse(content, tmp_path)
-    seconds = time.perf_counter() - began
+    tensors = lay_out(targets_of(model), max_file_size=num_bytes(model) // 2)
+    count = 1 + tensors[-1].file_index
+    files = tuple(
+        FileMetadata(name=file_name(rank, index, count), rank=rank, index=index, size=1, xxh3_128="0" * 32)
+        for rank in range(128)
+        for index in range(count)
+    )
+    content = CheckpointMetadata(model_name="test", tp_size=128, files=files, tensors=tensors).to_json()
+    metadata, times = CheckpointMetadata.parse(content, tmp_path), list[float]()
+    for _ in range(3):
+        began = time.perf_counter()
+        CheckpointMetadata.parse(content, tmp_path)
+        times.append(time.perf_counter() - began)
     assert CheckpointMetadata.from_dict(metadata.to_dict()) == metadata
-    assert len({file.name for file in metadata.files}) == len(metadata.files) > 128
+    assert metadata.files == files
+    assert metadata.files_of(127) == list(files[-count:])
+    assert [metadata.file_of(tensor, 5).index for tensor in tensors] == [tensor.file_index for tensor in tensors]
     tell(
         f"metadata of 128 ranks, {len(metadata.files)} files, {len(metadata.tensors)} tensors, "
-        f"{len(content)} bytes: parsed in {1000 * seconds:.1f} ms"
+        f"{len(content)} bytes: parsed in {1000 * min(times):.1f} ms"
     )
 
 
