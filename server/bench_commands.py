@@ -16,8 +16,8 @@ MODEL_HELP = "directory of a checkpoint of either form, or of one for each step 
 LOAD_NOTE = """\
 Every run has fresh processes on the CPU, one thread each, which begin at once. For the cold runs the files are dropped
 from the page cache, which is everyone's: what else reads them will read the disk once more.
-Exit code: 0; 2 for a mistake of yours, or a checkpoint that cannot be loaded so; 130 when interrupted; 141 when what
-reads the output wants no more.
+Exit code: 0; 1 when a rank died; 2 for a mistake of yours, or a checkpoint that cannot be loaded so; 130 when
+interrupted; 141 when what reads the output wants no more.
 """
 
 P = TypeVar("P", bound=argparse.ArgumentParser)

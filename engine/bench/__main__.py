@@ -1,8 +1,8 @@
 """`python -m engine.bench load JSON`: one command, as engine.protocol.commands tells it.
 
 It runs in its caller's place. SIGINT or SIGTERM ends it and the ranks that it has started. Exit codes: 0; 2 for what a
-user did, and for a checkpoint that cannot be loaded; 130 when interrupted; 141 when what reads the output wants no
-more.
+user did, and for a checkpoint that cannot be loaded; 1 when a rank died; 130 when interrupted; 141 when what reads the
+output wants no more.
 """
 
 import io
@@ -14,7 +14,7 @@ import msgspec
 from engine.checkpoint.stop_request import EXIT_INTERRUPTED, Stopped, StopRequest
 from engine.protocol.commands import BenchLoadCommand
 
-EXIT_USER_ERROR, EXIT_UNREAD = 2, 141
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_UNREAD = 1, 2, 141
 COMMANDS = {"load": BenchLoadCommand}
 
 
@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> int:
         name, content = arguments
         _say(_run(msgspec.json.decode(content, type=COMMANDS[name]), stop))
         return 0
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.stderr.write(f"ryzanstein: error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, ValueError) else EXIT_FAILED
     except Stopped:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

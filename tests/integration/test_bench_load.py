@@ -194,6 +194,23 @@ def test_a_signal_ends_it_with_its_ranks(number: signal.Signals, folder: Path, l
     leftovers.check(ranks)
 
 
+def test_a_rank_that_dies_is_named_in_one_line(folder: Path, leftovers: Leftovers) -> None:
+    process = psutil.Popen(
+        [*COMMAND, str(folder / "tp2"), "-tp", "2", "--runs", "1000", "--no-cold"],
+        env={**os.environ, **leftovers.environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + SECONDS
+    while len(ranks := process.children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks[1].kill()
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1] == "ryzanstein: error: rank 1 was killed by SIGKILL"
+
+
 def test_a_reader_who_wants_no_more_ends_it_with_code_141(folder: Path, leftovers: Leftovers) -> None:
     reader, writer = os.pipe()
     os.close(reader)
