@@ -102,7 +102,7 @@ def _fetch_blob(snapshot: Snapshot, file: RemoteFile) -> None:
 
 def _fetch_rest(snapshot: Snapshot, file: RemoteFile, out: IO[bytes]) -> None:
     """Append what is missing to `out`."""
-    begun = out.tell()
+    begun = out.seek(0, os.SEEK_END)  # another process may have added to it since it was opened
     if begun > file.size:
         out.truncate(0)
         begun = 0

@@ -291,6 +291,26 @@ def test_two_that_download_at_once_share_the_work(hub: Hub) -> None:
     assert hub.sent == len(BIG) + len(SMALL["tokenizer.json"])
 
 
+def test_who_waited_for_a_download_that_is_killed_goes_on_where_it_was(hub: Hub, cache: Path) -> None:
+    hub.bytes_per_second = 4e6  # so that the other has opened the file before something is in it
+    with downloading_big() as one:
+        assert one.stdout is not None
+        assert b'"texts"' in one.stdout.readline()
+        wait_until(lambda: parts(cache) != [], 30)
+        with downloading_big() as other:
+            wait_until(lambda: is_open_in(other, parts(cache)[0]), 30)
+            wait_until(lambda: sum(part.stat().st_size for part in parts(cache)) >= 10 << 20, 30)
+            one.kill()
+            hub.bytes_per_second = float("inf")
+            assert other.stdout is not None
+            assert b'"done"' in other.stdout.read()
+    assert (find("org/big", ModelSourceConfig()) / "model.safetensors").read_bytes() == BIG
+
+
+def is_open_in(process: "subprocess.Popen[bytes]", path: Path) -> bool:
+    return str(path) in {file.path for file in psutil.Process(process.pid).open_files()}
+
+
 def test_the_process_ends_when_its_service_is_gone(hub: Hub) -> None:
     hub.bytes_per_second = 1e6
     with downloading_big() as process:
