@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from torch import Tensor
 from engine.checkpoint.convert import Start
 from engine.checkpoint.destination import new_checkpoint, write_file
 from engine.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
+from engine.checkpoint.layout import Place, fill_files
 from engine.checkpoint.stored_model import StoredModel
 from engine.checkpoint.targets import Target
 from engine.checkpoint.tensor_writer import TensorFileWriter
@@ -66,22 +68,21 @@ def taken_apart(target: Target) -> Iterator[tuple[str, Tensor]]:
 
 def _lay_out(targets: list[Target], max_file_size: int) -> list[_File]:
     """Share the targets out over files, in order; within a file the widest type comes first, which aligns them all."""
-    groups: list[list[Target]] = [[]]
-    size = 0
-    for target in targets:
-        if groups[-1] and size + target.tensor.nbytes > max_file_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(target)
-        size += target.tensor.nbytes
+    counts = fill_files([_places(target) for target in targets], max_file_size, NO_FILLERS)
+    remaining = iter(targets)
+    groups = [list(islice(remaining, count)) for count in counts]
     names = [f"model-{index:05}-of-{len(groups):05}.safetensors" for index in range(1, len(groups) + 1)]
     names = [SINGLE_FILE] if len(groups) == 1 else names
     widest_first = (sorted(group, key=lambda target: -target.tensor.element_size()) for group in groups)
     return [_File(name, group) for name, group in zip(names, widest_first, strict=True)]
 
 
+def _places(target: Target) -> list[Place]:
+    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in taken_apart(target)]
+
+
 def _write(path: Path, file: _File, model: StoredModel, advance: Callable[[int], None]) -> None:
-    places = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in file.tensors]
+    places = [place for target in file.targets for place in _places(target)]
     with TensorFileWriter(path, places, alignment=NO_FILLERS) as writer:
         for target in file.targets:
             for name, tensor in taken_apart(model.read(target, 0, 1)):

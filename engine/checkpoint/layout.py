@@ -1,13 +1,16 @@
 """Which tensor goes into which of a rank's files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
 from engine.checkpoint.metadata import TensorMetadata
 from engine.checkpoint.targets import Target
-from engine.checkpoint.tensor_header import ALIGNMENT, DTYPE_NAMES
+from engine.checkpoint.tensor_header import ALIGNMENT, DTYPE_NAMES, TORCH_DTYPES
+from engine.checkpoint.tensor_writer import file_size
+
+Place = tuple[str, torch.dtype, tuple[int, ...]]  # name, type and shape of a tensor in a file
 
 
 def lay_out(
@@ -17,18 +20,34 @@ def lay_out(
 
     Args:
         targets: the model's; on any device, `meta` included.
-        max_file_size: most bytes of tensors in one file, where none alone is larger; None puts all into one.
+        max_file_size: most bytes of one file, where no tensor alone takes more; None puts all into one.
         dtype: what floating-point tensors are stored as, if not as they are.
     """
-    tensors, index, size = [], 0, 0
-    for target in targets:
-        tensor = _describe(target, dtype)
-        needed = tensor.local_bytes + ALIGNMENT
-        if max_file_size is not None and size and size + needed > max_file_size:
-            index, size = index + 1, 0
-        size += needed
-        tensors.append(replace(tensor, file_index=index))
-    return tuple(tensors)
+    tensors = [_describe(target, dtype) for target in targets]
+    if max_file_size is None:
+        return tuple(tensors)
+    places = [(tensor.name, TORCH_DTYPES[tensor.dtype], tensor.local_shape) for tensor in tensors]
+    files = fill_files([[place] for place in places], max_file_size)
+    indices = [index for index, count in enumerate(files) for _ in range(count)]
+    return tuple(replace(tensor, file_index=index) for tensor, index in zip(tensors, indices, strict=True))
+
+
+def fill_files(groups: Sequence[Sequence[Place]], max_file_size: int, alignment: int = ALIGNMENT) -> list[int]:
+    """Return how many of `groups`, in order, go into each file.
+
+    Args:
+        groups: name, type and shape of tensors that must not be parted.
+        max_file_size: most bytes of one file, where no group alone takes more.
+        alignment: see `TensorFileWriter`.
+    """
+    counts, in_file = [0], list[Place]()
+    for group in groups:
+        in_file += group
+        if counts[-1] and file_size(in_file, alignment) > max_file_size:
+            counts.append(0)
+            in_file = list(group)
+        counts[-1] += 1
+    return counts
 
 
 def _describe(target: Target, dtype: torch.dtype | None) -> TensorMetadata:
