@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.checkpoint.atomic import NewDirectory
+from engine.checkpoint.atomic import NewDirectory, unwritable
 from engine.checkpoint.retry import read_bytes
 from engine.protocol.units import format_bytes
 
@@ -42,7 +42,14 @@ def new_checkpoint(destination: Path, source: Path, num_bytes: int) -> Iterator[
 
 
 def check_destination(destination: Path, source: Path) -> None:
-    """Raise ValueError if `destination` is there, or would be inside `source`."""
+    """Raise ValueError if `destination` is there, would be inside `source`, or cannot be looked for."""
+    try:
+        _check_place(destination, source)
+    except OSError as error:
+        raise unwritable(destination, error) from error
+
+
+def _check_place(destination: Path, source: Path) -> None:
     resolved, origin = destination.resolve(), source.resolve()
     if resolved == origin:
         raise ValueError(f"{destination}: is the checkpoint that is read; write to a directory of another name")

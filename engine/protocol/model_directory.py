@@ -8,8 +8,10 @@ model/                         checkpoints/
                                        weights_rank0.safetensors …
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,25 @@ STEP_DIRECTORY = re.compile(r"model-step-(\d+)")
 def step_directory(parent: Path, step: int) -> Path:
     """Return where `parent` keeps the checkpoint of a step."""
     return parent / f"model-step-{step}"
+
+
+@contextlib.contextmanager
+def looked_into(path: str | Path) -> Iterator[None]:
+    """Raise ValueError, naming what cannot be looked into, where the block would raise OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"model: {error.filename or path} cannot be looked into: {error.strerror}") from error
+
+
+def is_directory(path: str | Path) -> bool:
+    """Whether a path is a directory's.
+
+    Raises:
+        ValueError: if this process may not know.
+    """
+    with looked_into(path):
+        return Path(path).is_dir()
 
 
 def steps_in(parent: Path) -> list[int]:
@@ -43,9 +64,13 @@ def find_model_directory(path: str | Path, step: int | None = None) -> Path:
         step: which of these, if not the latest.
 
     Raises:
-        ValueError: naming the directory, if it holds no such thing.
+        ValueError: naming the directory, if it holds no such thing, or cannot be looked into.
     """
-    directory = Path(path)
+    with looked_into(path):
+        return _find_model_directory(Path(path), step)
+
+
+def _find_model_directory(directory: Path, step: int | None) -> Path:
     if not directory.is_dir():
         raise ValueError(f"model: {directory} is not a directory")
     if step is None and (is_distributed(directory) or (directory / CONFIG_FILE).is_file()):

@@ -3,14 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.protocol.model_directory import find_model_directory, steps_in
+from engine.protocol.model_directory import find_model_directory, is_directory, looked_into, steps_in
 from server.model_source import hub
 from server.model_source.config import ModelSourceConfig, is_hub_name
 
 
 def is_on_hub(model: str) -> bool:
-    """Whether `model` is to be taken from the hub: it is written like a name there, and no directory has that name."""
-    return not Path(model).is_dir() and is_hub_name(model)
+    """Whether `model` is to be taken from the hub: it is written like a name there, and no directory has that name.
+
+    Raises:
+        ValueError: if this process may not know whether one has.
+    """
+    return is_hub_name(model) and not is_directory(model)
 
 
 def resolve(model: str, config: ModelSourceConfig, check: Callable[[Path], object]) -> Path:
@@ -35,11 +39,12 @@ def find_local(model: str, config: ModelSourceConfig) -> Path:
     """Return the directory that `model` means on this machine.
 
     Raises:
-        ValueError: if there is none, or an option speaks of the hub.
+        ValueError: if there is none, it cannot be looked into, or an option speaks of the hub.
     """
     directory = Path(model)
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise ValueError(f"model: {model} is not a directory, nor a name on the hub such as org/name")
     if config.revision is not None:
         raise ValueError(f"--revision is for models of the hub, and {model} is a directory")
-    return find_model_directory(directory) if steps_in(directory) else directory
+    with looked_into(directory):
+        return find_model_directory(directory) if steps_in(directory) else directory

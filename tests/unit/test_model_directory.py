@@ -7,6 +7,7 @@ import pytest
 
 from engine.protocol.model_directory import (
     find_model_directory,
+    is_directory,
     is_distributed,
     read_model_config,
     step_directory,
@@ -80,3 +81,11 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
         find_model_directory(tmp_path)
     with pytest.raises(ValueError, match="is not a directory"):
         find_model_directory(tmp_path / "nowhere")
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
+    too_long = tmp_path / ("n" * 300)
+    with pytest.raises(ValueError, match=r"^model: .*nnn cannot be looked into: File name too long$"):
+        find_model_directory(too_long)
+    with pytest.raises(ValueError, match=r"^model: .*nnn cannot be looked into: File name too long$"):
+        is_directory(too_long)

@@ -56,3 +56,11 @@ def test_what_the_check_says_is_the_error() -> None:
 
     with pytest.raises(ValueError, match=r"^not model$"):
         resolve(str(EMBEDDED_MODEL), ModelSourceConfig(), refuse)
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in (f"org/{'n' * 300}", f"./{'n' * 300}"):
+        with pytest.raises(ValueError, match=r"^model: .*nnn cannot be looked into: File name too long$"):
+            resolve(model, ModelSourceConfig(offline=True), bool)
