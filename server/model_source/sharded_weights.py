@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def default_root() -> Path:
-    """Return where entries are kept unless an option says otherwise."""
+    """Return where entries are kept unless an option says otherwise. Raises RuntimeError where there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ryzanstein" / "shards"
 
 
@@ -65,12 +65,17 @@ def find_entry(directory: Path, engine: EngineConfig, model: ModelConfig, config
         dtype=model.dtype if engine.dtype == "auto" else engine.dtype,
         stored_dtype=model.dtype,
     )
-    root = default_root() if config.shard_cache_dir is None else Path(config.shard_cache_dir).expanduser()
     try:
-        name = key.name if key.weight_bytes >= SMALLEST_MODEL else None
+        if key.weight_bytes < SMALLEST_MODEL:
+            return None
+        name = key.name
+        root = default_root() if config.shard_cache_dir is None else Path(config.shard_cache_dir).expanduser()
     except (OSError, ValueError):
         return None
-    return None if name is None else Entry(ShardCache(root.absolute(), config.shard_cache_size), key, name)
+    except RuntimeError:  # a container's user often has no home
+        logger.info("shard cache: not used: there is no home directory; --shard-cache-dir names another")
+        return None
+    return Entry(ShardCache(root.absolute(), config.shard_cache_size), key, name)
 
 
 class ShardedWeights:
@@ -153,6 +158,8 @@ class ShardedWeights:
             return
         try:
             if not entry.is_there:
+                if entry.directory.is_dir():  # what is left of an entry that others have tidied up
+                    entry.cache.remove(entry.name)
                 entry.cache.make_room(entry.key.entry_bytes)
                 self._write(entry, lock)
         finally:

@@ -206,6 +206,25 @@ def test_an_entry_that_cannot_be_read_is_removed(model: Path, config: ModelSourc
     weights.close()
 
 
+def test_what_is_left_of_an_entry_is_written_anew(model: Path, config: ModelSourceConfig) -> None:
+    entry = some_entry(model, config)
+    write(entry)
+    (entry.directory / "metadata.json").unlink()  # as a cleaner of old files does it
+    write(entry)
+    assert is_kept(entry)
+    assert hidden(entry) == []
+
+
+def test_without_a_home_nothing_is_kept_and_the_log_says_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # whom no list of users knows, as in containers
+    assert entry_of(model, ModelSourceConfig()) is None
+    assert "shard cache: not used: there is no home directory; --shard-cache-dir names another" in caplog.text
+
+
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert default_root() == Path("/caches/ryzanstein/shards")
