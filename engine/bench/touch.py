@@ -1,11 +1,13 @@
 """The plainest way to bring a file's bytes into a process: map it, and read all of it once."""
 
-import mmap
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from engine.checkpoint.mapped_memory import map_privately
 
 WORD = 8  # bytes added up at once
 
@@ -18,7 +20,7 @@ def touch(tensors: Iterable[Tensor]) -> int:
 def map_file(path: Path) -> Tensor:
     """Return a file's bytes, `[size]` uint8, as a mapping of them."""
     with path.open("rb") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        return map_privately(file.fileno(), os.fstat(file.fileno()).st_size)
 
 
 def _touch(content: Tensor) -> int:

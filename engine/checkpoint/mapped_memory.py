@@ -11,19 +11,34 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint.retry import WAITS
 
+MAP_NORESERVE = 0x4000  # mmap has no name for it before Python 3.13
 MADV_WILLNEED = 3
 MADV_POPULATE_READ = 22  # Linux 5.14
 MLOCK_ONFAULT = 1
 EHWPOISON = 133  # errno has no name for it
 CHUNK_BYTES = 2 << 20  # brought in at once; a few tenths of a millisecond, in which nothing else can be mapped
 LOWEST_PRIORITY = 19  # nice(1)
-PROBES = 1024  # pages that are asked whether they are in memory
+PROBES = 1024  # pages, of all files together, that are asked whether they are in memory
 PAGE = mmap.PAGESIZE
 logger = logging.getLogger(__name__)
+
+
+def map_privately(descriptor: int, size: int) -> Tensor:
+    """Return an open file's bytes, `[size]` uint8, as a mapping that may be written to; the file never changes.
+
+    Torch knows no read-only tensors; pages that nobody writes to stay the file's. So none are set aside for writing,
+    which the system would refuse for a file larger than its memory.
+
+    Raises:
+        OSError, ValueError: if the file cannot be mapped.
+    """
+    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(descriptor, size, flags, mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8)
 
 
 class MappedMemory:
@@ -69,7 +84,9 @@ class MappedMemory:
         """Return which share of it is in memory, 1.0 of nothing; of large files an estimate from some pages."""
         if not self._ranges:
             return 1.0
-        resident = sum(length * _resident_share(address, length) for _, address, length in self._ranges)
+        probes = share_probes([length for _, _, length in self._ranges])
+        ranges = zip(self._ranges, probes, strict=True)
+        resident = sum(length * _resident_share(address, length, count) for (_, address, length), count in ranges)
         return resident / self.num_bytes
 
     def _bring_in(self, advance: Callable[[int], None]) -> None:
@@ -106,9 +123,17 @@ def _populate(address: int, length: int) -> bool:
     return False
 
 
-def _resident_share(address: int, length: int) -> float:
+def share_probes(lengths: list[int]) -> list[int]:
+    """Return how many pages to ask about in each of some ranges of so many bytes, by their size; one in each at least.
+
+    They are asked about while the service runs: many files must not take more time than one.
+    """
+    total = sum(lengths)
+    return [min(length // PAGE, max(1, PROBES * length // total)) for length in lengths]
+
+
+def _resident_share(address: int, length: int, count: int) -> float:
     pages = length // PAGE
-    count = min(pages, PROBES)
     vector = (ctypes.c_ubyte * 1)()
     found = 0
     for index in range(count):

@@ -1,7 +1,6 @@
 """Reads tensors of a safetensors file, from where they lie: mapped, or just the bytes that are asked for."""
 
 import math
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.checkpoint.mapped_memory import map_privately
 from engine.checkpoint.retry import retrying
 from engine.checkpoint.targets import TensorSlice
 from engine.checkpoint.tensor_header import (
@@ -102,11 +102,9 @@ class TensorFile:
 
     def _map(self) -> Tensor:
         try:
-            # Private and writable: torch knows no read-only tensors, and pages that nobody writes to stay the file's.
-            content = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
+            return map_privately(self._descriptor, self.size)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot be mapped into memory: {error}; try --no-mmap") from error
-        return torch.frombuffer(content, dtype=torch.uint8)
 
     def _read(self, place: TensorPlace, wanted: TensorSlice) -> Tensor:
         """Read the runs of bytes that a slice consists of: one, or one for each index before the cut dimension."""

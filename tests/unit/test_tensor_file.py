@@ -16,9 +16,10 @@ from torch import Tensor
 from engine.checkpoint import tensor_file
 from engine.checkpoint.targets import TensorSlice
 from engine.checkpoint.tensor_file import TensorFile
-from engine.checkpoint.tensor_header import TORCH_DTYPES, is_filler
+from engine.checkpoint.tensor_header import TORCH_DTYPES, is_filler, make_header
 from engine.checkpoint.tensor_writer import TensorFileWriter
 
+STRICT_OVERCOMMIT = 2  # proc_sys_vm(5)
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=9).filter(lambda name: not name.startswith("__"))
 KINDS = st.dictionaries(NAMES, st.tuples(st.sampled_from(list(TORCH_DTYPES.values())), SHAPES), max_size=6)
@@ -204,6 +205,23 @@ def test_a_file_that_has_become_shorter_since_it_was_opened_is_named(tmp_path: P
     os.truncate(path, 1000)
     with pytest.raises(ValueError, match=f"{path}: ends at byte 1000; it was longer when it was opened"):
         file.read("a")
+    file.close()
+
+
+def test_a_file_larger_than_all_memory_is_mapped(tmp_path: Path) -> None:
+    """Its pages come and go; the system must not set memory aside for writing to all of them."""
+    if int(Path("/proc/sys/vm/overcommit_memory").read_text()) == STRICT_OVERCOMMIT:
+        pytest.skip("this system sets memory aside for all that is mapped")
+    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    memory = sum(int(sizes[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    path = tmp_path / "file"
+    header, places = make_header([("a", "U8", (memory + 2**30,)), ("b", "U8", (3,))], {})
+    path.write_bytes(header)
+    os.truncate(path, places["b"].start)  # a hole
+    with path.open("ab") as content:
+        content.write(bytes([1, 2, 3]))
+    file = TensorFile(path)
+    assert file.read("b").tolist() == [1, 2, 3]
     file.close()
 
 
