@@ -21,8 +21,9 @@ def become(module: str, name: str, command: object) -> NoReturn:
         name: of the command.
         command: what engine.protocol.commands says of it.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None: its descriptor is closed
+            stream.flush()
     # Signals that come from here on wait for the other program, which lets them in when it can answer them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     content = msgspec.json.encode(command).decode()

@@ -32,7 +32,7 @@ SPEED_BYTES = 64 << 20  # read to measure a disk
 
 def checks(subject: Subject) -> list[Check]:
     """Return this section's checks; only distributed checkpoints have checksums."""
-    has_checksums = is_distributed(Path(subject.engine.model))
+    has_checksums = _has_checksums(Path(subject.engine.model))
     checksums = [Check(SECTION, "checksums", lambda: _checksums(subject))] if has_checksums else []
     return [
         Check(SECTION, "config.json", lambda: _config(subject)),
@@ -45,6 +45,13 @@ def checks(subject: Subject) -> list[Check]:
         Check(SECTION, "number type", lambda: _dtype(subject)),
         Check(SECTION, "page cache", lambda: _page_cache(subject)),
     ]
+
+
+def _has_checksums(directory: Path) -> bool:
+    try:
+        return is_distributed(directory)
+    except OSError:  # which the other checks come upon too
+        return False
 
 
 def _config(subject: Subject) -> Finding:

@@ -91,6 +91,11 @@ def read_model_config(directory: Path) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError: naming the file that is missing or cannot be read.
     """
+    with looked_into(directory):
+        return _read_model_config(directory)
+
+
+def _read_model_config(directory: Path) -> tuple[dict[str, Any], str]:
     if not directory.is_dir():
         raise ValueError(f"model: {directory} is not a directory")
     if not is_distributed(directory):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -172,6 +173,14 @@ def test_an_output_that_nobody_reads_is_no_error(sharded: Path) -> None:
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False, timeout=180, cwd=ROOT)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 2), ("2>&-", 0)])
+def test_an_output_that_is_closed_is_one_and_closed_errors_are_none(sharded: Path, closed: str, code: int) -> None:
+    command = shlex.join([*CHECKPOINT, "verify", str(sharded)])
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code
+    assert done.stderr == ("ryzanstein: error: standard output is closed\n" if code else "")
 
 
 def test_an_output_that_takes_no_more_is_one(sharded: Path) -> None:

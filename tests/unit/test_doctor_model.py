@@ -81,6 +81,12 @@ def test_without_a_directory_one_check_fails_and_the_others_say_what_they_miss(t
     assert results["page cache"].detail == "not without whole weights"
 
 
+def test_a_directory_that_cannot_be_looked_into_fails_one_check(tmp_path: Path) -> None:
+    results = examined(tmp_path / ("n" * 300))
+    assert statuses(results)[CheckStatus.FAILURE] == ["config.json", "weight files"]
+    assert results["config.json"].detail.endswith("nnn cannot be looked into: File name too long")
+
+
 def test_an_unknown_architecture_fails_before_any_rank_would_start(directory: Path) -> None:
     edit_config(directory, architectures=["NobodyForCausalLM"])
     result = examined(directory)["config.json"]

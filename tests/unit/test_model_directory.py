@@ -89,3 +89,5 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
         find_model_directory(too_long)
     with pytest.raises(ValueError, match=r"^model: .*nnn cannot be looked into: File name too long$"):
         is_directory(too_long)
+    with pytest.raises(ValueError, match=r"^model: .*nnn cannot be looked into: File name too long$"):
+        read_model_config(too_long)
