@@ -12,7 +12,7 @@ from engine.checkpoint.convert import shard
 from engine.checkpoint.export import export
 from engine.checkpoint.progress_bar import shown_progress
 from engine.checkpoint.stop_request import StopRequest
-from engine.checkpoint.table import table_of
+from engine.checkpoint.table import harmless, table_of
 from engine.checkpoint.verify import Verdict, verify
 from engine.protocol.commands import ExportCommand, InspectCommand, ShardCommand, VerifyCommand
 from engine.protocol.model_directory import find_model_directory
@@ -112,7 +112,8 @@ def _verdict_text(verdict: Verdict, seconds: float) -> str:
     lines = [f"problem: {problem}" for problem in verdict.problems] + [f"note: {note}" for note in verdict.notes]
     found = _counted(len(verdict.problems), "problem") if verdict.problems else "no problem"
     size = f"{_counted(verdict.num_files, 'file')}, {format_bytes(verdict.num_bytes)}"
-    return "\n".join([*lines, f"{verdict.directory}: {found}; {size}, in {format_seconds(seconds)}"]) + "\n"
+    lines.append(f"{verdict.directory}: {found}; {size}, in {format_seconds(seconds)}")
+    return "\n".join(map(harmless, lines)) + "\n"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -34,8 +34,13 @@ def table_of(contents: Contents, *, width: int | None, is_unicode: bool = True) 
         is_unicode: whether `…` can be shown.
     """
     sections = [list(_summary(contents, width)), list(_files(contents, width)), list(_tensors(contents, width))]
-    text = "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+    text = "\n\n".join("\n".join(map(harmless, lines)) for lines in sections) + "\n"
     return text if is_unicode else text.translate(PLAIN)
+
+
+def harmless(line: str) -> str:
+    """Return a line in which nothing moves the cursor or does other things to a terminal: names come from files."""
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def _summary(contents: Contents, width: int | None) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What `inspect` shows: once for layers that are alike, with what is fused, padded and replicated."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,11 @@ def test_json_has_all_of_it(sharded: Contents) -> None:
     (entry,) = [tensor for tensor in document["tensors"] if tensor["name"] == "model.embed_tokens.weight"]
     assert entry["files"] == [f"weights_rank{rank}.safetensors" for rank in range(4)]
     assert entry["parts"][0]["num_shards"] == 4
+
+
+def test_names_do_nothing_to_a_terminal(sharded: Contents) -> None:
+    evil = replace(sharded, path="a\nb", name="\x1b[2Jname", extra={"\x1b]0;title\x07": "\x9b1m"})
+    table = table_of(evil, width=None)
+    assert all(line.isprintable() for line in table.splitlines())
+    assert table.startswith("a?b: a distributed checkpoint")
+    assert "name         ?[2Jname" in table
