@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.huggingface import weight_files
+from engine.checkpoint.retry import read_bytes
 from engine.parallel.base import iterate_sharded_parameters
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.model_directory import METADATA_FILE, is_distributed
@@ -38,7 +39,7 @@ def fingerprint(model: nn.Module, directory: Path, config: ModelConfig) -> str:
     digest = hashlib.sha256()
     _add(digest, "config", json.dumps(asdict(config), sort_keys=True).encode())
     if is_distributed(directory):  # says all of its files' names, sizes and checksums
-        _add(digest, METADATA_FILE, (directory / METADATA_FILE).read_bytes())
+        _add(digest, METADATA_FILE, read_bytes(directory / METADATA_FILE))
     else:
         for path in weight_files(directory):
             size = path.stat().st_size

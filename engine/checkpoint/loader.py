@@ -97,26 +97,16 @@ class DistributedCheckpointLoader:
         self._viewed: dict[str, FileMetadata] = {}  # files that tensors are views of
         self._copied_bytes = 0
 
-    def load_metadata(self) -> tuple[Path, CheckpointMetadata]:
-        """Return the checkpoint's directory and metadata, which rank 0 reads and all ranks check.
-
-        Raises:
-            ValueError: naming the file, and the entry that cannot be used.
-        """
-        shared = self._agreement.share("metadata", self._read_metadata)
-        directory, _, content = shared.partition(b"\0")
-        path = Path(os.fsdecode(directory))
-        return path, CheckpointMetadata.parse(content, path / METADATA_FILE)
-
     def load(self, model: nn.Module) -> LoadReport:
         """Fill every parameter of `model` and return what it took.
 
         Raises:
-            ValueError: naming the file and the tensor, when the checkpoint does not hold exactly this model, or cannot
-                be read. Only this rank's: the agreement makes it that of all.
+            ValueError: naming the file and the tensor, when the checkpoint does not hold exactly this model, cannot be
+                read, or was replaced meanwhile. Only this rank's: the agreement makes it that of all.
         """
         began = time.perf_counter()
-        directory, metadata = self.load_metadata()
+        directory, content = self._share_metadata()
+        metadata = CheckpointMetadata.parse(content, directory / METADATA_FILE)
         metadata_seconds = time.perf_counter() - began
         targets = targets_of(model)
         checked = list(self._files_to_check(metadata))
@@ -130,7 +120,9 @@ class DistributedCheckpointLoader:
             near=near,
             check=self._agreement.check,
         ) as source:
-            memory = self._fill(targets, source)
+            self._fill(targets, source)
+            _refuse_replaced(directory / METADATA_FILE, content)
+            memory = self._keep(source)
             return LoadReport(
                 directory=directory,
                 seconds=time.perf_counter() - began,
@@ -138,6 +130,12 @@ class DistributedCheckpointLoader:
                 bytes_read=source.bytes_read,
                 memory=memory,
             )
+
+    def _share_metadata(self) -> tuple[Path, bytes]:
+        """Return the checkpoint's directory and what its metadata.json holds, which rank 0 reads for all."""
+        shared = self._agreement.share("metadata", self._read_metadata)
+        directory, _, content = shared.partition(b"\0")
+        return Path(os.fsdecode(directory)), content
 
     def _read_metadata(self) -> bytes:
         directory = find_model_directory(self._config.checkpoint_dir, self._config.step)
@@ -173,7 +171,7 @@ class DistributedCheckpointLoader:
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
-    def _fill(self, targets: list[Target], source: ShardedFiles) -> MappedMemory:
+    def _fill(self, targets: list[Target], source: ShardedFiles) -> None:
         refuse_extras(targets, source)
         stager = Stager(self._group.device, self._meter.advance)
         distributor = WeightDistributor(self._group.rank, self._group.world_size, stager)
@@ -185,7 +183,6 @@ class DistributedCheckpointLoader:
             else:
                 self._take(target, stored, source, stager)
         stager.finish()
-        return self._keep(source)
 
     def _stored_alike(self, target: Target, metadata: CheckpointMetadata) -> TensorMetadata | None:
         """Return the stored tensor whose part in this rank's file is the target as it stands."""
@@ -211,6 +208,7 @@ class DistributedCheckpointLoader:
             self._meter.advance(values.nbytes)
         else:  # pragma: cuda
             stager.copy(target.tensor.data, values)
+            self._copied_bytes += values.nbytes
 
     def _keep(self, source: ShardedFiles) -> MappedMemory:
         """Take care of the memory behind tensors that are views of files."""
@@ -218,12 +216,28 @@ class DistributedCheckpointLoader:
         memory = MappedMemory([(str(source.directory / file.name), source.open(file).data) for file in files])
         if self._config.lock_memory:
             memory.lock()
-            if self._copied_bytes:
-                count = format_bytes(self._copied_bytes)
-                logger.warning("%s: %s are copied, not mapped: memory is not locked", source.directory, count)
+            self._tell_what_has_no_effect(source.directory, memory)
         if self._config.enable_prefetch or self._config.lock_memory:
             memory.prefetch()
         return memory
+
+    def _tell_what_has_no_effect(self, directory: Path, memory: MappedMemory) -> None:
+        """Warn of what was asked for beside locking, and is not done."""
+        if self._copied_bytes:
+            count = format_bytes(self._copied_bytes)
+            logger.warning("%s: %s are copied, not mapped: memory is not locked", directory, count)
+        if memory.num_bytes and not self._config.enable_prefetch:
+            logger.warning("%s: what is locked is read ahead, although prefetching is off", directory)
+
+
+def _refuse_replaced(path: Path, content: bytes) -> None:
+    """Raise ValueError if the metadata at `path` is another than `content`, after all files were opened.
+
+    Then files opened by one rank may be of the old checkpoint and those of another of the new, which look alike but for
+    their checksums. Where it was removed, all that was opened was of the old one.
+    """
+    if path.exists() and read_bytes(path) != content:
+        raise ValueError(f"{path}: was replaced by another checkpoint's while this one was loaded; load again")
 
 
 def checksum_problem(directory: Path, file: FileMetadata, advance: Callable[[int], None] = lambda _: None) -> str:
