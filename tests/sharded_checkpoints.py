@@ -1,6 +1,7 @@
 """Distributed checkpoints, written in one process as so many ranks would write them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def write(
     directory.mkdir(parents=True)
     tensors = lay_out(targets_of(make(place(0, tp_size))), max_file_size=max_file_size)
     count = 1 + max((tensor.file_index for tensor in tensors), default=0)
+    metadata = CheckpointMetadata(model_name="test", config=config or {}, step=step).of_tensors(tensors, tp_size)
     files = []
     for rank in range(tp_size):
         values = {target.name: target.tensor.detach() for target in targets_of(make(place(rank, tp_size)))}
@@ -62,14 +64,12 @@ def write(
             names = [tensor.name for tensor in tensors if tensor.file_index == index]
             path = directory / file_name(rank, index, count)
             places = [(name, values[name].dtype, tuple(values[name].shape)) for name in names]
-            with TensorFileWriter(path, places) as writer:
+            with TensorFileWriter(path, places, metadata.file_texts(rank, index)) as writer:
                 for name in names:
                     writer.write(name, values[name])
             files.append(
                 FileMetadata(name=path.name, rank=rank, index=index, size=writer.size, xxh3_128=writer.checksum)
             )
-    metadata = CheckpointMetadata(
-        model_name="test", config=config or {}, step=step, tp_size=tp_size, files=tuple(files), tensors=tensors
-    )
+    metadata = replace(metadata, files=tuple(files))
     (directory / METADATA_FILE).write_bytes(metadata.to_json())
     return directory

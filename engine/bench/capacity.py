@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoint.layout import lay_out
+from engine.checkpoint.metadata import NO_CHECKPOINT, file_texts
 from engine.checkpoint.targets import targets_of
-from engine.checkpoint.tensor_header import make_header
-from engine.checkpoint.tensor_writer import FILE_FORMAT
+from engine.checkpoint.tensor_writer import file_size
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
 from engine.parallel.base import padded_to
@@ -136,8 +136,8 @@ def file_bytes(config: ModelConfig, tp_size: int, dtype: torch.dtype) -> int:
     meta = torch.device("meta")
     model = build_model(config, CommunicationHandler.place(0, tp_size, meta), device=meta, dtype=dtype)
     tensors = lay_out(targets_of(model))
-    header, places = make_header([(item.name, item.dtype, item.local_shape) for item in tensors], FILE_FORMAT)
-    return max((place.stop for place in places.values()), default=len(header))
+    texts = file_texts(NO_CHECKPOINT, 0, tp_size, 0)
+    return file_size([(item.name, dtype, item.local_shape) for item in tensors], texts=texts)
 
 
 def load_time(capacity: Capacity, tp_size: int, speeds: Speeds) -> LoadTime:

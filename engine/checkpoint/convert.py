@@ -71,7 +71,10 @@ class _Writer:
         tp_size = self._metadata.tp_size
         paths = [self._directory / file_name(rank, index, count) for rank in range(tp_size)]
         with contextlib.ExitStack() as closing:
-            writers = [closing.enter_context(TensorFileWriter(path, places)) for path in paths]
+            writers = [
+                closing.enter_context(TensorFileWriter(path, places, self._metadata.file_texts(rank, index)))
+                for rank, path in enumerate(paths)
+            ]
             for target in targets:
                 for rank, writer in enumerate(writers):
                     writer.write(target.name, self._model.read(target, rank, tp_size).tensor)

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from engine.checkpoint.checksum import new_checksum
 from engine.checkpoint.retry import read_bytes
 from engine.checkpoint.targets import source_name
 from engine.checkpoint.tensor_header import TORCH_DTYPES
@@ -31,6 +32,7 @@ from engine.protocol.model_directory import METADATA_FILE
 
 FORMAT_VERSION = 1
 ROW_MAJOR = "row_major"
+NO_CHECKPOINT = "0" * 32  # as long as the id of one
 LAYOUTS = (ROW_MAJOR,)
 
 
@@ -89,6 +91,7 @@ class CheckpointMetadata:
     model_size: int = 0  # parameters
     dtype: str = ""  # of most weights, as torch spells it
     tp_size: int = 1
+    checkpoint_id: str = ""  # which its files carry too, and those of another name, step, configuration or cut do not
     files: tuple[FileMetadata, ...] = ()
     tensors: tuple[TensorMetadata, ...] = ()
     format_version: int = FORMAT_VERSION
@@ -146,8 +149,12 @@ class CheckpointMetadata:
         for tensor in tensors:
             sizes[tensor.dtype] += math.prod(tensor.shape)
         floating = [TORCH_DTYPES[name] for name, _ in sizes.most_common() if TORCH_DTYPES[name].is_floating_point]
+        identity = new_checksum()
+        content = [self.model_name, self.step, self.config, tensors]
+        identity.update(msgspec.json.encode(content, enc_hook=str))  # what JSON cannot hold is refused elsewhere
         return replace(
             self,
+            checkpoint_id=identity.hexdigest(),
             model_size=sizes.total(),
             dtype=str(floating[0]).removeprefix("torch.") if floating else "",
             tp_size=tp_size,
@@ -155,6 +162,10 @@ class CheckpointMetadata:
             tensors=tensors,
             format_version=FORMAT_VERSION,
         )
+
+    def file_texts(self, rank: int, index: int) -> dict[str, str]:
+        """Return the texts in the header of a rank's file, which tell it from all others."""
+        return file_texts(self.checkpoint_id, rank, self.tp_size, index)
 
     @property
     def weight_bytes(self) -> int:
@@ -181,6 +192,11 @@ class CheckpointMetadata:
     def tensors_in(self, file: FileMetadata) -> Iterator[TensorMetadata]:
         """Yield the tensors that a file holds a part of, in order."""
         return (tensor for tensor in self.tensors if tensor.file_index == file.index)
+
+
+def file_texts(checkpoint_id: str, rank: int, tp_size: int, index: int) -> dict[str, str]:
+    """Return the texts in the header of a rank's file: of which checkpoint it is which."""
+    return {"checkpoint": checkpoint_id, "rank": str(rank), "tp_size": str(tp_size), "file_index": str(index)}
 
 
 def file_name(rank: int, index: int = 0, count: int = 1) -> str:

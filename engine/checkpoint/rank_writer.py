@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.checksum import new_checksum
-from engine.checkpoint.metadata import FileMetadata, TensorMetadata, file_name
+from engine.checkpoint.metadata import FileMetadata, TensorMetadata, file_name, file_texts
 from engine.checkpoint.targets import Target, targets_of
 from engine.checkpoint.tensor_header import DTYPE_NAMES, METADATA_KEY, is_filler
 from engine.checkpoint.tensor_writer import TensorFileWriter
@@ -37,8 +37,13 @@ class RankWriter:
         self._tp_rank, self._tp_size = tp_rank, tp_size
         self._check = check
 
-    def write(self, targets: Sequence[Target], tensors: Sequence[TensorMetadata]) -> RankContents:
+    def write(self, targets: Sequence[Target], tensors: Sequence[TensorMetadata], checkpoint_id: str) -> RankContents:
         """Write the rank's part of each target, as `tensors` says; tensors of any device.
+
+        Args:
+            targets: of the rank's model.
+            tensors: what the metadata says of each.
+            checkpoint_id: what all files of the checkpoint carry.
 
         Raises:
             OSError: naming the file that cannot be written.
@@ -47,23 +52,32 @@ class RankWriter:
         count = 1 + max((tensor.file_index for tensor in tensors), default=0)
         for index in range(count):
             in_file = [pair for pair in zip(targets, tensors, strict=True) if pair[1].file_index == index]
-            contents.files.append(self._write(index, count, in_file, contents.checksums))
+            texts = file_texts(checkpoint_id, self._tp_rank, self._tp_size, index)
+            path = self._directory / file_name(self._tp_rank, index, count)
+            size, checksum = self._write(path, texts, in_file, contents.checksums)
+            contents.files.append(
+                FileMetadata(name=path.name, rank=self._tp_rank, index=index, size=size, xxh3_128=checksum)
+            )
         return contents
 
     def _write(
-        self, index: int, count: int, in_file: list[tuple[Target, TensorMetadata]], checksums: dict[str, list[str]]
-    ) -> FileMetadata:
-        path = self._directory / file_name(self._tp_rank, index, count)
+        self,
+        path: Path,
+        texts: dict[str, str],
+        in_file: list[tuple[Target, TensorMetadata]],
+        checksums: dict[str, list[str]],
+    ) -> tuple[int, str]:
+        """Write one file; return its size and checksum."""
         places = [(target.name, target.tensor.dtype, tuple(target.tensor.shape)) for target, _ in in_file]
         try:
-            with TensorFileWriter(path, places, advance=lambda _: self._check()) as writer:
+            with TensorFileWriter(path, places, texts, advance=lambda _: self._check()) as writer:
                 for target, tensor in in_file:
                     values = self._values_of(target)
                     checksums[target.name] = self._shared_checksums(values, tensor)
                     writer.write(target.name, values)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        return FileMetadata(name=path.name, rank=self._tp_rank, index=index, size=writer.size, xxh3_128=writer.checksum)
+        return writer.size, writer.checksum
 
     def _values_of(self, target: Target) -> Tensor:
         """Return the rank's part of a target in host memory, with zeros for padding, whatever is there."""

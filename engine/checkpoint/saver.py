@@ -34,7 +34,7 @@ class CheckpointSaver:
         checkpoint_dir: gets `model-step-N` directories; made if it is not there. Rank 0's counts.
         group: the ranks that hold the model: those of one replica, where there are several.
         keep_last: how many steps are kept, the one just written and those with the highest numbers; None keeps all.
-        max_file_size: most bytes of tensors in one file; None writes one file a rank.
+        max_file_size: most bytes of one file, where no tensor alone takes more; None writes one file a rank.
         tokenizer_files: a directory whose tokenizer, chat template and generation config are copied; rank 0's counts.
         timeout_seconds: that ranks wait for one that is not seen to get on.
 
@@ -86,7 +86,8 @@ class CheckpointSaver:
             described = replace(metadata, step=step).of_tensors(tensors, self._group.world_size)
             leader = _Leader(opened, self._directory, described, self._tokenizer_files)
             shared = agreement.share("directory", leader.begin)
-            contents = self._write(Path(shared.decode()), targets, tensors, agreement)
+            new, checkpoint_id = msgspec.json.decode(shared, type=tuple[str, str])
+            contents = self._write(Path(new), checkpoint_id, targets, tensors, agreement)
             written = agreement.gather("written", msgspec.json.encode(contents))
             if self._group.rank == 0:
                 leader.finish([msgspec.json.decode(each, type=RankContents) for each in written])
@@ -108,11 +109,17 @@ class CheckpointSaver:
             raise ValueError(f"rank 0 and rank {rank} have different models: {difference(tensors, its_tensors)}")
 
     def _write(
-        self, new: Path, targets: Sequence[Target], tensors: Sequence[TensorMetadata], agreement: GroupAgreement
+        self,
+        new: Path,
+        checkpoint_id: str,
+        targets: Sequence[Target],
+        tensors: Sequence[TensorMetadata],
+        agreement: GroupAgreement,
     ) -> RankContents:
         rank = self._group.rank
         try:
-            return RankWriter(new, rank, self._group.world_size, agreement.check).write(targets, tensors)
+            writer = RankWriter(new, rank, self._group.world_size, agreement.check)
+            return writer.write(targets, tensors, checkpoint_id)
         except FileNotFoundError as error:
             raise ValueError(f"{new}: rank {rank} does not see the directory that rank 0 has made there") from error
         except OSError as error:
@@ -155,7 +162,7 @@ class _Leader:
         self._tokenizer_files = tokenizer_files
 
     def begin(self) -> bytes:
-        """Make the new directory, and return its path.
+        """Make the new directory, and return its path and what its files will carry.
 
         Raises:
             ValueError: naming the path that cannot be written, or the entry of the metadata that cannot be used.
@@ -169,7 +176,7 @@ class _Leader:
         with _writing(self._destination):
             for name, content in texts.items():
                 write_file(self._new.path / name, content)
-        return str(self._new.path).encode()
+        return msgspec.json.encode((str(self._new.path), self._metadata.checkpoint_id))
 
     def finish(self, contents: Sequence[RankContents]) -> None:
         """Describe what all ranks have written, and put it in its place.

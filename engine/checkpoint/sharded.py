@@ -176,18 +176,33 @@ def file_problems(opened: TensorFile, file: FileMetadata, metadata: CheckpointMe
     if opened.size != file.size:
         yield f"{opened.path}: has {opened.size} bytes, but {METADATA_FILE} says {file.size}"
     expected = {tensor.name: tensor for tensor in metadata.tensors_in(file)}
-    for name, tensor in expected.items():
-        place = opened.places.get(name)
-        if place is None:
-            yield f"{opened.path}: tensor {name} is missing"
-        elif place.dtype != tensor.dtype:
-            yield f"{opened.path}: tensor {name} is of type {place.dtype}, but {METADATA_FILE} says {tensor.dtype}"
-        elif place.shape != tensor.local_shape:
-            said = list(tensor.local_shape)
-            yield f"{opened.path}: tensor {name} has shape {list(place.shape)}, but {METADATA_FILE} says {said}"
+    for tensor in expected.values():
+        yield from _tensor_problems(opened, tensor)
     for name in opened.names:
         if name not in expected:
             yield f"{opened.path}: tensor {name} is not in {METADATA_FILE}"
+    yield from _mix_ups(opened, file, metadata)
+
+
+def _tensor_problems(opened: TensorFile, tensor: TensorMetadata) -> Iterator[str]:
+    place, where = opened.places.get(tensor.name), f"{opened.path}: tensor {tensor.name}"
+    if place is None:
+        yield f"{where} is missing"
+    elif place.dtype != tensor.dtype:
+        yield f"{where} is of type {place.dtype}, but {METADATA_FILE} says {tensor.dtype}"
+    elif place.shape != tensor.local_shape:
+        yield f"{where} has shape {list(place.shape)}, but {METADATA_FILE} says {list(tensor.local_shape)}"
+
+
+def _mix_ups(opened: TensorFile, file: FileMetadata, metadata: CheckpointMetadata) -> Iterator[str]:
+    """Yield what is wrong with a file that is whole, but belongs elsewhere: its tensors would fit all the same."""
+    expected = metadata.file_texts(file.rank, file.index)
+    found = {name: opened.texts.get(name, "") for name in expected}
+    if found["checkpoint"] != expected["checkpoint"]:
+        yield f"{opened.path}: is of another checkpoint than {METADATA_FILE}"
+    elif found != expected:
+        place = f"file {found['file_index']} of rank {found['rank']}"
+        yield f"{opened.path}: is {place}, but {METADATA_FILE} says file {file.index} of rank {file.rank}"
 
 
 def _parts_of(tensor: TensorMetadata) -> Iterator[tuple[str, _Part]]:

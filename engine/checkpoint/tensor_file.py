@@ -18,6 +18,7 @@ from engine.checkpoint.tensor_header import (
     header_length,
     is_filler,
     parse_header,
+    parse_texts,
 )
 
 CHUNK_BYTES = 16 << 20  # read at once
@@ -88,6 +89,7 @@ class TensorFile:
             raise self._not_whole(error) from error
         content = self._head(LENGTH_BYTES + length)
         try:
+            self.texts = parse_texts(content, self.size)
             return parse_header(content, self.size)
         except ValueError as error:
             raise self._not_whole(error) from error

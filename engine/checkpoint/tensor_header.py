@@ -78,6 +78,17 @@ def parse_header(content: bytes, file_size: int) -> dict[str, TensorPlace]:
     return places
 
 
+def parse_texts(content: bytes, file_size: int) -> dict[str, str]:
+    """Return the texts that the header holds beside the tensors.
+
+    Raises:
+        ValueError: see `parse_header`; what holds no texts is passed over.
+    """
+    header = _decode(content[LENGTH_BYTES : LENGTH_BYTES + header_length(content, file_size)])
+    texts = header.get(METADATA_KEY)
+    return {name: text for name, text in texts.items() if isinstance(text, str)} if isinstance(texts, dict) else {}
+
+
 def header_length(content: bytes, file_size: int) -> int:
     """Return the length in bytes of the header behind the file's first eight bytes.
 

@@ -17,10 +17,14 @@ SYNC_BYTES = 64 << 20  # after which the disk must have them, so that no wait fo
 FILE_FORMAT = {"format": "pt"}  # what transformers asks for
 
 
-def file_size(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], alignment: int = ALIGNMENT) -> int:
+def file_size(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    alignment: int = ALIGNMENT,
+    texts: Mapping[str, str] | None = None,
+) -> int:
     """Return how many bytes a file of these tensors has, header and fillers included. See `TensorFileWriter`."""
     named = [(name, DTYPE_NAMES[dtype], shape) for name, dtype, shape in tensors]
-    header, places = make_header(named, FILE_FORMAT, alignment)
+    header, places = make_header(named, {**FILE_FORMAT, **(texts or {})}, alignment)
     return max((place.stop for place in places.values()), default=len(header))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.checkpoint.checksum import file_checksum
 from engine.checkpoint.file_lock import DirectoryLock
 from engine.checkpoint.layout import lay_out
-from engine.checkpoint.metadata import CheckpointMetadata
+from engine.checkpoint.metadata import NO_CHECKPOINT, CheckpointMetadata
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.checkpoint.rank_writer import RankWriter, savable_targets
 from engine.checkpoint.saver import CheckpointSaver
@@ -84,7 +84,7 @@ def test_the_file_holds_exactly_the_models_tensors_and_fillers(tmp_path: Path) -
         assert own[name].dtype == tensor.dtype
         assert torch.equal(own[name], tensor), name
     with safe_open(path / "weights_rank0.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", **CheckpointMetadata.read(path).file_texts(0, 0)}
 
 
 def test_every_tensor_lies_at_a_multiple_of_64_bytes(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_padding_is_written_as_zeros_and_the_model_is_left_alone(tmp_path: Path)
     layer = ColumnParallelLinear(3, [split_evenly(5, 2)], group, device=CPU, dtype=torch.float32)
     nn.init.ones_(layer.weight)
     targets = savable_targets(layer)
-    RankWriter(tmp_path, 1, 2, lambda: None).write(targets, lay_out(targets))
+    RankWriter(tmp_path, 1, 2, lambda: None).write(targets, lay_out(targets), NO_CHECKPOINT)
     stored = load_file(tmp_path / "weights_rank1.safetensors")["weight"]
     assert stored.tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
     assert bool((layer.weight == 1).all())
