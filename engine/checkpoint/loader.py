@@ -52,6 +52,11 @@ class ModelLoadConfig:
         if self.lock_memory and not self.use_memory_map:
             raise ValueError("lock_memory keeps mapped weights in memory: it has no effect without use_memory_map")
 
+    def check_group(self, group: CommunicationHandler) -> None:
+        """Raise ValueError if the group has another size than `tp_size`."""
+        if self.tp_size != group.world_size:
+            raise ValueError(f"tp_size is {self.tp_size}, but the group has {group.world_size} ranks")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
@@ -88,8 +93,7 @@ class DistributedCheckpointLoader:
         agreement: GroupAgreement,
         progress: Progress = lambda _done, _total: None,
     ) -> None:
-        if config.tp_size != group.world_size:
-            raise ValueError(f"tp_size is {config.tp_size}, but the group has {group.world_size} ranks")
+        config.check_group(group)
         self._config = config
         self._group = group
         self._agreement = agreement

@@ -61,6 +61,7 @@ class ModelDistributor:
             RuntimeError: naming the rank that died, or failed otherwise.
         """
         with GroupAgreement(self._group) as agreement:
+            self._config.check_group(self._group)
             directory = self._find_together(path, agreement)
             if not is_distributed(directory):
                 return self._load_hugging_face(model, directory, agreement)

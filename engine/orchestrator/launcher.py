@@ -11,6 +11,10 @@ from pathlib import Path
 from engine.protocol.environment import PARENT_PID_VARIABLE, STORE_FD_VARIABLE
 
 RANK_COMMAND = (sys.executable, "-P", "-m", "engine.worker")
+BUS_ERROR = (
+    "memory behind which there is nothing any more; was a weights file cut that is mapped, does its disk fail, or is "
+    "/dev/shm full? With --no-mmap weights need no file once they are loaded"
+)
 
 
 class RankProcesses:
@@ -47,7 +51,9 @@ class RankProcesses:
 
 
 def describe_exit(code: int) -> str:
-    """Return "was killed by SIGKILL" or "exited with code 1"."""
+    """Return "was killed by SIGKILL" or "exited with code 1"; of SIGBUS, which says little, what it comes from."""
+    if code == -signal.SIGBUS:
+        return f"was killed by SIGBUS: {BUS_ERROR}"
     if code < 0:
         known = -code in set(signal.Signals)
         return f"was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"

@@ -54,3 +54,16 @@ def test_weights_on_a_device_are_told_of_as_not_locked(
     group.device = torch.device(device)
     ModelDistributor(group, config).load_model(nn.Linear(50, 50, device=device), directory)
     assert f"{directory}: 10.0 KiB are copied, not mapped: memory is not locked" in caplog.messages
+
+
+@pytest.mark.parametrize("form", ["distributed", "Hugging Face"])
+def test_a_size_that_is_not_the_groups_is_refused_whatever_is_loaded(tmp_path: Path, form: str) -> None:
+    directory = write(lambda _: nn.Linear(5, 5), tmp_path / "checkpoint", 1)
+    if form == "Hugging Face":
+        (directory / "metadata.json").unlink()
+        (directory / "weights_rank0.safetensors").rename(directory / "model.safetensors")
+        (directory / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="tp_size is 2, but the group has 1 ranks"):
+        ModelDistributor(place(0, 1), ModelLoadConfig(checkpoint_dir="", tp_size=2)).load_model(
+            nn.Linear(5, 5), directory
+        )
