@@ -7,8 +7,6 @@ import threading
 import time
 from typing import TextIO
 
-from tqdm import tqdm
-
 from engine.protocol.messages import GroupState, GroupStatus
 from engine.protocol.units import format_bytes
 
@@ -81,6 +79,8 @@ class _Bar:
         self._is_drawn = False
 
     def show(self, loaded_bytes: int, total_bytes: int) -> None:
+        from tqdm import tqdm  # noqa: PLC0415  (a start without a bar does not wait for it)
+
         now = time.monotonic()
         if self._began is None:
             self._began, self._loaded_then = now, loaded_bytes

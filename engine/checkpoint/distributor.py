@@ -35,9 +35,11 @@ class WeightDistributor:
         """
         targets = targets_of(model)
         refuse_extras(targets, source)
-        for target in targets:
-            self.fill_target(target, source)
-        self._stager.finish()
+        try:
+            for target in targets:
+                self.fill_target(target, source)
+        finally:
+            self._stager.finish()  # copies on their way would land in memory that a failure has given back
 
     def fill_target(self, target: Target, source: TensorSource) -> None:
         """Fill one tensor."""

@@ -179,14 +179,25 @@ class DistributedCheckpointLoader:
         refuse_extras(targets, source)
         stager = Stager(self._group.device, self._meter.advance)
         distributor = WeightDistributor(self._group.rank, self._group.world_size, stager)
-        for target in targets:
-            stored = self._stored_alike(target, source.metadata)
-            if stored is None:
-                distributor.fill_target(target, source)
-                self._copied_bytes += target.tensor.nbytes
-            else:
-                self._take(target, stored, source, stager)
-        stager.finish()
+        self._read_ahead(source)
+        try:
+            for target in targets:
+                stored = self._stored_alike(target, source.metadata)
+                if stored is None:
+                    distributor.fill_target(target, source)
+                    self._copied_bytes += target.tensor.nbytes
+                else:
+                    self._take(target, stored, source, stager)
+        finally:
+            stager.finish()  # copies on their way would land in memory that a failure has given back
+
+    def _read_ahead(self, source: ShardedFiles) -> None:
+        """Bring this rank's files into memory while they are copied to a device."""
+        config, metadata = self._config, source.metadata
+        is_copied = self._group.device.type == "cuda" and metadata.tp_size == self._group.world_size
+        if is_copied and config.enable_prefetch and config.use_memory_map:  # pragma: cuda
+            files = [source.open(file) for file in metadata.files_of(self._group.rank)]
+            MappedMemory([(str(file.path), file.data) for file in files]).prefetch()
 
     def _stored_alike(self, target: Target, metadata: CheckpointMetadata) -> TensorMetadata | None:
         """Return the stored tensor whose part in this rank's file is the target as it stands."""

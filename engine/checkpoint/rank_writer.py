@@ -148,9 +148,7 @@ def unlike_copies(tensors: Sequence[TensorMetadata], contents: Sequence[RankCont
 
 
 def _problem_of(target: Target) -> str:
-    tensor: object = target.tensor  # modules may return what they like as their extra state
-    if not isinstance(tensor, Tensor):
-        return "is state of another kind, which checkpoints cannot hold"
+    tensor = target.tensor
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"is a {type(tensor).__name__}; only plain tensors are saved, cut by parallel layers"
     if tensor.device.type == "meta":

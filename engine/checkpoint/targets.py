@@ -101,11 +101,14 @@ def targets_of(model: nn.Module) -> list[Target]:
     A layer that is no `TensorParallelLayer` has them whole on every rank, and so has each of its buffers.
 
     Raises:
-        ValueError: naming a parameter of a `TensorParallelLayer` without a `ShardSpec`, which nobody could cut.
+        ValueError: naming a parameter of a `TensorParallelLayer` without a `ShardSpec`, which nobody could cut, or
+            state that is no tensor, which modules may have too.
     """
     names_of: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"tensor {name} is state of another kind, which checkpoints cannot hold")
         names_of.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     return [Target(tensors[key], _spec_of(model, names[0]), names) for key, names in names_of.items()]

@@ -5,10 +5,12 @@ itself begins a file anew each time, so files are written here, under a name of 
 finds them there and links them into the snapshot.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -91,13 +93,23 @@ def _fetch_blob(snapshot: Snapshot, file: RemoteFile) -> None:
     if blob.exists():
         return
     snapshot.blobs.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as out:
-        fcntl.flock(out, fcntl.LOCK_EX)  # another service may be at the same file
-        if blob.exists():  # and has brought it to its end meanwhile: `out` is the blob now, or nothing
+    with _locked(part) as out:  # another service may be at the same file
+        if blob.exists():  # and has brought it to its end meanwhile
             part.unlink(missing_ok=True)
             return
         _fetch_rest(snapshot, file, out)
         part.rename(blob)
+
+
+@contextlib.contextmanager
+def _locked(part: Path) -> Iterator[IO[bytes]]:
+    """Open a file that is not whole, when nobody else has it open: the one that is there then."""
+    while True:
+        with part.open("ab") as out:
+            fcntl.flock(out, fcntl.LOCK_EX)
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(out.fileno())):
+                yield out
+                return
 
 
 def _fetch_rest(snapshot: Snapshot, file: RemoteFile, out: IO[bytes]) -> None:

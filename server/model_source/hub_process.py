@@ -5,6 +5,7 @@ when standard input is closed.
 """
 
 import os
+import re
 import shutil
 import sys
 import threading
@@ -40,6 +41,7 @@ ANSWER_SECONDS = 10.0  # in which the hub says what it has
 PARALLEL_FILES = 8
 PROGRESS_SECONDS = 0.5
 DEFAULT_REVISION = "main"
+_HASH = re.compile(r"[0-9a-f]+")
 # How shards are usually called. Which they are stands in a file that is not here yet; `weights_rank0.safetensors` too.
 SHARDS = "*[-k]*[0-9].safetensors"
 
@@ -82,6 +84,8 @@ class _Hub:
         files = {}
         for sibling in info.siblings or ():
             blob = sibling.blob_id if sibling.lfs is None else sibling.lfs.sha256
+            if not _HASH.fullmatch(f"{info.sha}{blob or ''}"):  # they become names of files
+                raise ValueError(f"model: {ENDPOINT} does not speak as the hub does")
             files[sibling.rfilename] = RemoteFile(sibling.rfilename, sibling.size or 0, blob or "")
         return Snapshot(self._request.model, info.sha, self._request.token, self._storage), files
 
@@ -234,8 +238,17 @@ def main() -> None:
 
 
 def _cache(request: HubRequest) -> Path:
-    """Return the folder of all models."""
-    return Path(request.download_dir or HF_HUB_CACHE).expanduser().absolute()
+    """Return the folder of all models.
+
+    Raises:
+        ValueError: if it is in a home that this user does not have.
+    """
+    try:
+        return Path(request.download_dir or HF_HUB_CACHE).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            "model: this user has no home for downloaded models; give --download-dir, or HF_HOME"
+        ) from error
 
 
 def _last_event(request: HubRequest, emit: Emit) -> HubEvent:

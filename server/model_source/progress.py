@@ -1,14 +1,16 @@
 """Shows how far a download has come: a bar on a terminal, a line of the log now and then elsewhere."""
 
 import logging
+import os
 import sys
 import time
-from typing import NoReturn
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from engine.protocol.units import format_bytes
 from server.model_source.hub_messages import HubProgress
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_SECONDS = 5.0  # between two lines of the log
 
@@ -20,7 +22,7 @@ class DownloadProgress:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: tqdm[NoReturn] | None = None
         self._shown_at = -LINE_SECONDS
 
@@ -44,6 +46,8 @@ class DownloadProgress:
         bar.refresh()
 
     def _new_bar(self, progress: HubProgress) -> "tqdm[NoReturn]":
+        from tqdm import tqdm  # noqa: PLC0415  (a start without a bar does not wait for it)
+
         return tqdm(
             desc=self._model,
             total=progress.total,
