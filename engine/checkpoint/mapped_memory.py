@@ -23,6 +23,8 @@ MLOCK_ONFAULT = 1
 EHWPOISON = 133  # errno has no name for it
 CHUNK_BYTES = 2 << 20  # brought in at once; a few tenths of a millisecond, in which nothing else can be mapped
 LOWEST_PRIORITY = 19  # nice(1)
+SETTLE_SECONDS = 0.25  # from loading what is in the page cache to mapping what was not used until then
+FEW_PROBES = 16  # pages of each file that tell whether it is to be read
 PROBES = 1024  # pages, of all files together, that are asked whether they are in memory
 PAGE = mmap.PAGESIZE
 logger = logging.getLogger(__name__)
@@ -89,9 +91,15 @@ class MappedMemory:
         resident = sum(length * _resident_share(address, length, count) for (_, address, length), count in ranges)
         return resident / self.num_bytes
 
+    def _seems_resident(self) -> bool:
+        """Whether a few pages of each file are all in the page cache already."""
+        return all(_resident_share(address, length, FEW_PROBES) == 1.0 for _, address, length in self._ranges)
+
     def _bring_in(self, advance: Callable[[int], None]) -> None:
         # Where all processors are busy, what they compute brings the pages in itself, and this would only hold it up.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        if self._seems_resident():  # nothing is to be read: mapping it can wait for what a start computes first
+            threading.main_thread().join(SETTLE_SECONDS)
         for path, address, length in self._ranges:
             for offset in range(0, length, CHUNK_BYTES):
                 # Not a daemon thread: those are cut off while Python ends, at times in a way that aborts the process.

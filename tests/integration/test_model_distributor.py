@@ -14,12 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.checkpoint.loader import ModelLoadConfig
+from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.model_distributor import ModelDistributor
-from engine.checkpoint.tensor_header import is_filler
+from engine.checkpoint.tensor_header import is_filler, make_header
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
 from engine.protocol.model_directory import METADATA_FILE
@@ -139,9 +141,11 @@ def second_file(directory: Path) -> Path:
 
 def change_file(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Rewrite the tensors of a file, without fillers."""
+    with safe_open(path, "pt") as file:
+        texts = file.metadata()
     tensors = {name: tensor for name, tensor in load_file(path).items() if not is_filler(name)}
     change(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, texts)
 
 
 def change_metadata(directory: Path, change: Callable[[dict[str, Any]], object], *, fix_size: bool = False) -> None:
@@ -312,10 +316,11 @@ def write_sparse(directory: Path) -> Path:
     write(lambda _: nn.Linear(1, 1, bias=False), directory, 1)
     path = directory / "weights_rank0.safetensors"
     num_bytes = NUM_ROWS * 64 * 4
-    entry = {"weight": {"dtype": "F32", "shape": [NUM_ROWS, 64], "data_offsets": [0, num_bytes]}}
-    header = json.dumps(entry).encode().ljust(120)
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(path, 128 + num_bytes)
+    header, _ = make_header(
+        [("weight", "F32", (NUM_ROWS, 64))], CheckpointMetadata.read(directory).file_texts(rank=0, index=0)
+    )
+    path.write_bytes(header)
+    os.truncate(path, len(header) + num_bytes)
 
     def describe(content: dict[str, Any]) -> None:
         content["tensors"][0]["shape"] = [NUM_ROWS, 64]
