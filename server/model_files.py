@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.protocol.model_directory import read_model_config
+from engine.protocol.model_directory import is_distributed, read_model_config
 from server.limits import INT64, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 from server.text.chat_template import SPECIAL_TOKENS
 
@@ -46,7 +46,7 @@ class ModelFiles:
             raise ValueError(f"model: {directory} has no tokenizer.json")
         return cls(
             directory,
-            read_model_config(directory)[0],
+            read_model_config(directory)[0] if is_distributed(directory) else _read_json(directory / "config.json"),
             _read_json(directory / "generation_config.json"),
             _read_json(directory / "tokenizer_config.json"),
         )

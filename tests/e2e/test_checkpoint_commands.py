@@ -115,6 +115,7 @@ def test_verify_lists_what_is_wrong_and_says_so_in_its_exit_code(sharded: Path, 
     assert len(json.loads(document.stdout)["problems"]) == 2
 
 
+@pytest.mark.slow
 def test_no_progress_is_silence(tmp_path: Path) -> None:
     done = checkpoint("shard", EMBEDDED_MODEL, tmp_path / "sharded", "--no-progress")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -158,6 +159,7 @@ def test_help_tells_of_every_option_and_exit_code(command: str) -> None:
     assert "RYZANSTEIN_" not in done.stdout  # what is written follows from the command line alone
 
 
+@pytest.mark.slow
 def test_variables_of_a_service_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RYZANSTEIN_TENSOR_PARALLEL_SIZE", "4")
     monkeypatch.setenv("RYZANSTEIN_DTYPE", "float32")
@@ -175,6 +177,7 @@ def test_an_output_that_nobody_reads_is_no_error(sharded: Path) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("closed", "code"), [(">&-", 2), ("2>&-", 0)])
 def test_an_output_that_is_closed_is_one_and_closed_errors_are_none(sharded: Path, closed: str, code: int) -> None:
     command = shlex.join([*CHECKPOINT, "verify", str(sharded)])
@@ -183,6 +186,7 @@ def test_an_output_that_is_closed_is_one_and_closed_errors_are_none(sharded: Pat
     assert done.stderr == ("ryzanstein: error: standard output is closed\n" if code else "")
 
 
+@pytest.mark.slow
 def test_an_output_that_takes_no_more_is_one(sharded: Path) -> None:
     command = [*CHECKPOINT, "inspect", str(sharded)]
     with Path("/dev/full").open("wb") as full:
@@ -203,6 +207,7 @@ def on_terminal(*arguments: str | Path, columns: int = 100) -> Terminal:
     return terminal
 
 
+@pytest.mark.slow
 def test_a_bar_shows_how_far_it_has_come_and_goes_away(sharded: Path, tmp_path: Path) -> None:
     terminal = on_terminal("shard", sharded, tmp_path / "sharded", "-tp", "4")
     assert "writing:" in terminal.written
@@ -213,6 +218,7 @@ def test_a_bar_shows_how_far_it_has_come_and_goes_away(sharded: Path, tmp_path: 
     assert "%|" not in on_terminal("verify", sharded, "--no-progress").written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 100])
 def test_a_table_is_no_wider_than_the_terminal(sharded: Path, columns: int) -> None:
     lines = on_terminal("inspect", sharded, columns=columns).screen
@@ -311,6 +317,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next(large_model: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_in_the_background_it_dies_with_the_process_that_started_it(large_model: Path, tmp_path: Path) -> None:
     content = json.dumps({"source": str(large_model), "destination": str(tmp_path / "out")})
     script = f"""

@@ -61,6 +61,7 @@ def test_it_has_what_a_chat_needs() -> None:
     assert "eos_token_id" in json.loads((EMBEDDED_MODEL / "generation_config.json").read_text())
 
 
+@pytest.mark.slow
 def test_most_greedy_completions_parse_when_cut_at_a_lines_end(
     service: ServiceProcess, tell: Callable[[str], None]
 ) -> None:

@@ -86,6 +86,7 @@ def writers(service: ServiceProcess) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_service_killed_while_it_writes_leaves_nothing_running_and_the_next_start_tidies_up(
     model: Path, tmp_path: Path, leftovers: Leftovers
 ) -> None:

@@ -82,6 +82,7 @@ def check_phase(phase: dict[str, Any], runs: int) -> None:
     assert phase["load_seconds"]["max"] < phase["touched_seconds"]["max"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "saved_tp", "tp_size"),
     [("hf", None, 2), ("tp2", 2, 1), pytest.param("hf", None, 1, marks=pytest.mark.slow)],
@@ -121,6 +122,7 @@ def test_cold_runs_read_from_the_disk_or_say_why_there_are_none(folder: Path, le
         assert sum(found["cold"]["storage_bytes"]) >= 0.9 * sum(found["weight_bytes"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no file system in memory")
 def test_files_that_cannot_be_dropped_have_no_cold_runs(folder: Path, leftovers: Leftovers) -> None:
     copy = Path("/dev/shm") / f"ryzanstein-bench-{os.getpid()}"
@@ -133,6 +135,7 @@ def test_files_that_cannot_be_dropped_have_no_cold_runs(folder: Path, leftovers:
     assert "no cold runs: 100% of the files stay in the page cache" in found["notes"][0]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_figure_and_columns_that_align(folder: Path, leftovers: Leftovers) -> None:
     done = bench(leftovers, folder / "tp2", "-tp", 1, "--runs", 2)
     assert (done.returncode, done.stderr) == (0, "")
@@ -214,6 +217,7 @@ def test_a_rank_that_dies_is_named_in_one_line(folder: Path, leftovers: Leftover
     assert stderr.splitlines()[-1] == "ryzanstein: error: rank 1 was killed by SIGKILL"
 
 
+@pytest.mark.slow
 def test_a_reader_who_wants_no_more_ends_it_with_code_141(folder: Path, leftovers: Leftovers) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -229,6 +233,7 @@ def test_a_reader_who_wants_no_more_ends_it_with_code_141(folder: Path, leftover
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 def test_ranks_die_with_a_bench_that_is_killed(folder: Path, tmp_path: Path) -> None:
     process = psutil.Popen(
         [*COMMAND, str(folder / "tp2"), "-tp", "2", "--runs", "1000", "--no-cold"],

@@ -21,8 +21,8 @@ NUM_PROMPTS = 24
 NUM_NEW_TOKENS = 64
 BLOCK_SIZE = 16
 CONTEXT = 288  # 200 + 64, in whole blocks
-# Three checkpoints have all rope types, tied embeddings and others; the slow ones have more kinds of KV heads.
-SEEDS = (0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 5)))
+# Two checkpoints have tied embeddings and others, plain rotary positions and llama3's; the slow ones all other kinds.
+SEEDS = (0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4, 5)))
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def test_every_model_that_was_not_run_is_labelled_so() -> None:
     assert len(sections) == 4
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_tables_into_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
