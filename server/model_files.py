@@ -1,13 +1,12 @@
 """The small files beside the weights that concern text: tokenizer, chat template, generation defaults."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.protocol.model_directory import is_distributed, read_model_config
+from engine.protocol.model_directory import is_distributed, read_model_config, read_object
 from server.limits import INT64, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 from server.text.chat_template import SPECIAL_TOKENS
 
@@ -135,15 +134,7 @@ def _token_ids(value: object, name: str) -> list[int]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _read_text(path: Path, name: str) -> str:

@@ -6,6 +6,7 @@ there in ranges. What was asked for, and with which token, is noted.
 
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -124,8 +125,10 @@ class Hub:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Let clients go when they like."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Let clients go when they like; say anything else."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

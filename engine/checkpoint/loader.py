@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from engine.checkpoint.agreement import GroupAgreement
-from engine.checkpoint.checksum import file_checksum
 from engine.checkpoint.distributor import WeightDistributor, refuse_extras
+from engine.checkpoint.integrity import CHECKSUM_THREADS, checksum_problem
 from engine.checkpoint.mapped_memory import MappedMemory
 from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata
 from engine.checkpoint.meter import Meter, Progress
@@ -26,7 +26,6 @@ from engine.communication.handler import CommunicationHandler
 from engine.protocol.model_directory import METADATA_FILE, find_model_directory
 from engine.protocol.units import format_bytes
 
-CHECKSUM_THREADS = 4  # of each rank; each computes faster than most disks read
 logger = logging.getLogger(__name__)
 
 
@@ -253,17 +252,3 @@ def _refuse_replaced(path: Path, content: bytes) -> None:
     """
     if path.exists() and read_bytes(path) != content:
         raise ValueError(f"{path}: was replaced by another checkpoint's while this one was loaded; load again")
-
-
-def checksum_problem(directory: Path, file: FileMetadata, advance: Callable[[int], None] = lambda _: None) -> str:
-    """Return what is wrong with a file whose checksum is not the metadata's; nothing if it is."""
-    path = directory / file.name
-    if not path.is_file():
-        return f"{path}: is missing; metadata.json names it as a file of rank {file.rank}"
-    size = path.stat().st_size
-    if size != file.size:
-        return f"{path}: has {size} bytes, but metadata.json says {file.size}"
-    checksum = file_checksum(path, advance)
-    if checksum != file.xxh3_128:
-        return f"{path}: has checksum {checksum}, but metadata.json says {file.xxh3_128}: its bytes have changed"
-    return ""

@@ -11,9 +11,10 @@ from engine.checkpoint.contents import contents_of
 from engine.checkpoint.convert import shard
 from engine.checkpoint.export import export
 from engine.checkpoint.progress_bar import shown_progress
-from engine.checkpoint.stop_request import StopRequest
 from engine.checkpoint.table import harmless, table_of
 from engine.checkpoint.verify import Verdict, verify
+from engine.command.output import say
+from engine.command.stop_request import StopRequest
 from engine.protocol.commands import ExportCommand, InspectCommand, ShardCommand, VerifyCommand
 from engine.protocol.model_directory import find_model_directory
 from engine.protocol.units import format_bytes, format_seconds
@@ -50,7 +51,7 @@ def _shard(command: ShardCommand, stop: StopRequest) -> int:
     if command.progress:
         size = sum(file.size for file in metadata.files)
         ranks = _counted(metadata.tp_size, "rank")
-        _say(_done(f"for {ranks}", command.destination, len(metadata.files), size, time.monotonic() - began))
+        say(_done(f"for {ranks}", command.destination, len(metadata.files), size, time.monotonic() - began))
     return EXIT_OK
 
 
@@ -60,7 +61,7 @@ def _export(command: ExportCommand, stop: StopRequest) -> int:
         names = export(command, progress.start)
     if command.progress:
         size = sum((Path(command.destination) / name).stat().st_size for name in names)
-        _say(_done("as Hugging Face has them", command.destination, len(names), size, time.monotonic() - began))
+        say(_done("as Hugging Face has them", command.destination, len(names), size, time.monotonic() - began))
     return EXIT_OK
 
 
@@ -72,9 +73,9 @@ def _done(kind: str, destination: str, num_files: int, size: int, seconds: float
 def _inspect(command: InspectCommand) -> int:
     contents = contents_of(find_model_directory(command.path))
     if command.json:
-        _say(contents.to_json())
+        say(contents.to_json())
         return EXIT_OK
-    _say(table_of(contents, width=_columns(), is_unicode=_can_show("…")))
+    say(table_of(contents, width=_columns(), is_unicode=_can_show("…")))
     return EXIT_OK
 
 
@@ -91,7 +92,7 @@ def _verify(command: VerifyCommand, stop: StopRequest) -> int:
     with shown_progress("verifying", is_shown=command.progress, check=stop.check) as progress:
         verdict = verify(find_model_directory(command.path), progress.start)
     seconds = time.monotonic() - began
-    _say(_verdict_json(verdict, seconds) if command.json else _verdict_text(verdict, seconds))
+    say(_verdict_json(verdict, seconds) if command.json else _verdict_text(verdict, seconds))
     return EXIT_PROBLEMS if verdict.problems else EXIT_OK
 
 
@@ -126,21 +127,3 @@ def _can_show(text: str) -> bool:
     except (UnicodeEncodeError, AttributeError):
         return False
     return True
-
-
-def _say(text: str) -> None:
-    """Write to standard output.
-
-    Raises:
-        ValueError: if it takes nothing more.
-        BrokenPipeError: if nobody reads it.
-    """
-    if sys.stdout is None:
-        raise ValueError("standard output is closed")
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise ValueError(f"standard output: {error.strerror}") from error

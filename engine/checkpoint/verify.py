@@ -1,7 +1,6 @@
 """`ryzanstein checkpoint verify`: everything that is wrong with a checkpoint, as far as reading all of it can tell."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +10,13 @@ from torch import Tensor
 from engine.checkpoint.convert import Start
 from engine.checkpoint.destination import TEXT_FILES
 from engine.checkpoint.huggingface import weight_files
-from engine.checkpoint.loader import CHECKSUM_THREADS, checksum_problem
-from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata
+from engine.checkpoint.integrity import checksum_problems
+from engine.checkpoint.metadata import CheckpointMetadata, TensorMetadata
 from engine.checkpoint.problems import header_problems, value_problems
 from engine.checkpoint.sharded import ShardedFiles, file_problems
 from engine.checkpoint.stored_model import StoredModel
 from engine.checkpoint.tensor_file import TensorFile
 from engine.protocol.model_directory import METADATA_FILE, is_distributed
-from engine.worker.host import num_cpus
 
 NO_CHECKSUMS = "a Hugging Face checkpoint has no checksums: whether its bytes are still those written, nobody can tell"
 NO_CONFIG = f"{METADATA_FILE} has no model configuration, which names and shapes could be compared with"
@@ -62,31 +60,6 @@ def verify(directory: Path, start: Start) -> Verdict:
     return verdict
 
 
-def checksum_problems(
-    directory: Path, metadata: CheckpointMetadata, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[str]:
-    """Yield which files of a distributed checkpoint are missing, or hold other bytes than were written.
-
-    Several are read at once.
-
-    Args:
-        directory: of the checkpoint.
-        metadata: what it holds.
-        advance: is told of bytes that were read, from several threads; what it raises ends the reading.
-    """
-    if not metadata.files:
-        return
-
-    def problem_of(file: FileMetadata) -> str:
-        try:
-            return checksum_problem(directory, file, advance)
-        except ValueError as error:  # it cannot be read; the others may be
-            return str(error)
-
-    with ThreadPoolExecutor(min(len(metadata.files), max(CHECKSUM_THREADS, num_cpus()))) as pool:
-        yield from filter(None, pool.map(problem_of, metadata.files))
-
-
 # --- a distributed checkpoint ----------------------------------------------------------------------------------------
 
 
@@ -96,6 +69,7 @@ def _verify_distributed(verdict: Verdict, start: Start) -> Iterator[str]:
     verdict.num_files = len(metadata.files)
     verdict.num_bytes = sum(file.size for file in metadata.files)
     verdict.notes += _unknown_files(directory, metadata)
+    verdict.add(_summary_problems(directory, metadata))
     are_files_whole = verdict.add(checksum_problems(directory, metadata, start(verdict.num_bytes)))
     are_files_whole &= verdict.add(_layout_problems(directory, metadata))
     if not metadata.config:
@@ -111,6 +85,15 @@ def _unknown_files(directory: Path, metadata: CheckpointMetadata) -> list[str]:
     known = {METADATA_FILE, *TEXT_FILES, *(file.name for file in metadata.files)}
     unknown = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return [f"{directory / name} is no part of the checkpoint" for name in unknown]
+
+
+def _summary_problems(directory: Path, metadata: CheckpointMetadata) -> Iterator[str]:
+    """Yield where the metadata says of all tensors together what is not true of them."""
+    actual = metadata.of_tensors(metadata.tensors, metadata.tp_size)
+    for name in ("model_size", "dtype"):
+        said, found = getattr(metadata, name), getattr(actual, name)
+        if said != found:
+            yield f"{directory / METADATA_FILE}: {name} is {said!r}, but that of the tensors is {found!r}"
 
 
 def _layout_problems(directory: Path, metadata: CheckpointMetadata) -> Iterator[str]:

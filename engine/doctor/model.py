@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.integrity import checksum_problems
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.problems import header_problems, value_problems
 from engine.checkpoint.sources import open_source
-from engine.checkpoint.verify import checksum_problems
 from engine.communication.handler import CommunicationHandler
 from engine.doctor.software import CPUINFO, cpu_flags, has_half_precision
 from engine.doctor.subject import Subject

@@ -102,15 +102,20 @@ def _read_model_config(directory: Path) -> tuple[dict[str, Any], str]:
         path = directory / CONFIG_FILE
         if not path.is_file():
             raise ValueError(f"model: {directory} has no {CONFIG_FILE}; is it a Hugging Face model directory?")
-        return _read_object(path), str(path)
+        return read_object(path), str(path)
     path = directory / METADATA_FILE
-    config = _read_object(path).get("config")
+    config = read_object(path).get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{path}: config must be an object, as in {CONFIG_FILE}")
     return config, f"{path}: config"
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        ValueError: naming the file that holds none, or cannot be read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

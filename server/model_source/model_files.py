@@ -1,12 +1,11 @@
 """Which files a model consists of: the small ones, and the weights that these name. Nothing else is ever downloaded."""
 
-import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from engine.protocol.model_directory import CONFIG_FILE, METADATA_FILE
+from engine.protocol.model_directory import CONFIG_FILE, METADATA_FILE, is_distributed, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,13 +43,13 @@ def weight_files(directory: Path) -> list[str]:
     Raises:
         ValueError: naming the file that cannot be read, or that names a file outside of the directory.
     """
-    if (directory / METADATA_FILE).is_file() and not (directory / CONFIG_FILE).is_file():
+    if is_distributed(directory):
         path = directory / METADATA_FILE
-        files = _read(path).get("files")
+        files = read_object(path).get("files")
         return _plain_names(path, [file.get("name") for file in files or () if isinstance(file, dict)])
     if (directory / INDEX_FILE).is_file() and not (directory / SINGLE_FILE).is_file():
         path = directory / INDEX_FILE
-        weight_map = _read(path).get("weight_map")
+        weight_map = read_object(path).get("weight_map")
         return _plain_names(path, list(weight_map.values()) if isinstance(weight_map, dict) else [])
     return [SINGLE_FILE]
 
@@ -69,13 +68,3 @@ def _plain_names(path: Path, names: list[Any]) -> list[str]:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{path}: must name files of the same directory, not {name!r}")
     return sorted(set(names))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return content

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.file_lock import DirectoryLock
-from engine.checkpoint.loader import checksum_problem
+from engine.checkpoint.integrity import checksum_problem
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.checkpoint.saver import CheckpointSaver

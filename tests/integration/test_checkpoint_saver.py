@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine.checkpoint.convert import shard
-from engine.checkpoint.loader import checksum_problem
+from engine.checkpoint.integrity import checksum_problem
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.checkpoint.saver import CheckpointSaver
@@ -36,6 +36,7 @@ from engine.protocol.commands import SMALLEST_FILE, ShardCommand
 from engine.protocol.model_config import ModelConfig, RopeConfig
 from engine.protocol.model_directory import find_model_directory, read_model_config, steps_in
 from tests.checkpoints import random_llama
+from tests.disks import mounted_disk
 from tests.distributed import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -374,19 +375,8 @@ def two_large(_: CommunicationHandler, __: Path) -> tuple[nn.Module, int]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", path], check=False, capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounts are not allowed here: {mounted.stderr.strip()}")
-    yield path
-    deadline = time.monotonic() + 30  # a rank that has loaded from it lets go of its files a moment later
-    while subprocess.run(["umount", path], check=False, stderr=subprocess.DEVNULL).returncode:
-        assert time.monotonic() < deadline, f"{path} is in use"
-        time.sleep(0.05)
+    with mounted_disk(tmp_path / "small", "1m") as path:
+        yield path
 
 
 def test_a_full_disk_is_the_same_error_on_all_and_loses_nothing(small_disk: Path) -> None:

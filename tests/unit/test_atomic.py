@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint.atomic import NewDirectory, remove_directory, remove_leftovers
+from tests.disks import mounted_disk
 
 WRITE_AND_WAIT = """
 import sys, time
@@ -64,16 +65,8 @@ def writer_of(destination: Path) -> "Iterator[subprocess.Popen[str]]":
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", path], check=False, capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounts are not allowed here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with mounted_disk(tmp_path / "small", "256k") as path:
+        yield path
 
 
 def test_it_appears_at_the_end_with_what_was_written(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.checksum import file_checksum
 from engine.checkpoint.convert import shard
+from engine.checkpoint.integrity import checksum_problems
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.tensor_file import TensorFile
-from engine.checkpoint.verify import Verdict, checksum_problems, verify
+from engine.checkpoint.verify import Verdict, verify
 from engine.protocol.commands import ShardCommand
 from tests.checkpoints import random_llama
 
@@ -330,3 +331,13 @@ def test_every_truncated_file_of_a_hugging_face_directory_is_named(huggingface: 
     (huggingface / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     problems = check(huggingface).problems
     assert [problem.partition(": ")[0] for problem in problems] == [f"{huggingface}/{file}" for file in halves]
+
+
+@pytest.mark.parametrize(("name", "value", "shown"), [("model_size", -5, "-5"), ("dtype", "nonsense", "'nonsense'")])
+def test_what_the_metadata_says_of_all_tensors_together_is_compared(
+    sharded: Path, name: str, value: object, shown: str
+) -> None:
+    path = sharded / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    [problem] = verify(sharded, lambda _total: lambda _count: None).problems
+    assert problem.startswith(f"{path}: {name} is {shown}, but that of the tensors is ")

@@ -1,0 +1,37 @@
+"""From the arguments of `python -m engine.… COMMAND JSON` to the exit code."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from engine.command.output import complain
+from engine.command.stop_request import EXIT_INTERRUPTED, Stopped, StopRequest
+
+EXIT_USER_ERROR, EXIT_UNREAD = 2, 141
+
+
+def run_command(arguments: Sequence[str], commands: Mapping[str, type], run: Callable[[Any, StopRequest], int]) -> int:
+    """Run one command and return the exit code: its own, or 2, 130 or 141 where it does not come to its end.
+
+    SIGINT and SIGTERM are answered from here on: with an end at once, until `run` lets the request unwind.
+
+    Args:
+        arguments: the command's name, and what it is told, as JSON.
+        commands: what each is told, by name.
+        run: does it; imports what takes long by itself, since signals must be answered meanwhile.
+    """
+    stop = StopRequest()
+    try:
+        stop.listen()
+        name, content = arguments
+        return run(msgspec.json.decode(content, type=commands[name]), stop)
+    except ValueError as error:
+        complain(error)
+        return EXIT_USER_ERROR
+    except Stopped:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_UNREAD
+    finally:
+        stop.end()
