@@ -10,7 +10,8 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml Makefile
+# Compiles the C++ kernels, too.
+$(INSTALLED): pyproject.toml Makefile $(wildcard engine/kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'

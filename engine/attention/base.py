@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from engine.attention.rotary import Rotation
+
 
 class KVCache(NamedTuple):
     """One layer's paged keys and values on this rank, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
@@ -34,13 +36,15 @@ class Attention(Protocol):
     read what another writes in the same step.
     """
 
-    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend and return `[num_tokens, num_heads, head_dim]`.
+    def __call__(self, layer_index: int, heads: Tensor, rotation: Rotation) -> Tensor:
+        """Rotate queries and keys, keep keys and values in the cache, if there is one, and attend.
 
         Args:
             layer_index: which layer's cache to use.
-            query: `[num_tokens, num_heads, head_dim]`, rotated.
-            key: `[num_tokens, num_kv_heads, head_dim]`, rotated; kept in the cache, if there is one.
-            value: `[num_tokens, num_kv_heads, head_dim]`, likewise.
+            heads: `[num_tokens, num_heads + 2 num_kv_heads, head_dim]`: each token's queries, then keys, then values.
+            rotation: of the step's tokens.
+
+        Returns:
+            `[num_tokens, num_heads, head_dim]`.
         """
         ...

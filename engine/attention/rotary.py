@@ -57,6 +57,20 @@ def _blend_by_wavelength(frequencies: Tensor, config: RopeConfig) -> Tensor:
     return (1 - kept) * frequencies / config.factor + kept * frequencies
 
 
+class RotatedHeads(NamedTuple):
+    """What attention is computed from: `[num_tokens, n, head_dim]` each, with n heads, and twice n KV heads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def rotate_heads(heads: Tensor, rotation: Rotation, num_kv_heads: int) -> RotatedHeads:
+    """Cut `heads`, see `engine.attention.base.Attention`, and rotate what has to be rotated."""
+    query, key, value = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    return RotatedHeads(rotate(query, rotation), rotate(key, rotation), value)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate feature i of each head `[num_tokens, num_heads, head_dim]` against feature i + head_dim / 2."""
     first, second = x.chunk(2, -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionMetadata, KVCache
 from engine.attention.causal import causal_attention
+from engine.attention.rotary import Rotation, rotate_heads
 
 SHORT = 256  # tokens; below this, one call for all costs less than the padding it needs
 
@@ -55,8 +56,9 @@ class PagedAttention:
                 self._chunks.append(_Chunk(start, stop, self._rows(metadata, [i])[0]))
         self._decodes = [self._plan_decodes(metadata, members) for members in singles.values()]
 
-    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer_index: int, heads: Tensor, rotation: Rotation) -> Tensor:
         """Attend; see `Attention`."""
+        query, key, value = rotate_heads(heads, rotation, self._num_kv_heads)
         cache = self._kv_caches[layer_index]
         cache.key.flatten(0, 1).index_copy_(0, self._slot_mapping, key)
         cache.value.flatten(0, 1).index_copy_(0, self._slot_mapping, value)

@@ -32,10 +32,11 @@ class LlamaModel(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """Map ids and positions, each `[num_tokens]`, to `[num_tokens, hidden_size]`."""
         x: Tensor = self.embed_tokens(token_ids)
+        residual: Tensor | None = None
         rotation = self.rotary(positions)
         for layer in self.layers:
-            x = layer(x, rotation, attend)
-        normed: Tensor = self.norm(x)
+            x, residual = layer(x, residual, rotation, attend)
+        normed: Tensor = self.norm(x, residual)[0]
         return normed
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import Attention
-from engine.attention.rotary import Rotation, rotate
+from engine.attention.rotary import Rotation
 from engine.communication.handler import CommunicationHandler
 from engine.parallel.base import ShardPart, TensorParallelLayer, split_evenly
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -70,7 +70,5 @@ class ParallelAttention(TensorParallelLayer):
     def forward(self, x: Tensor, rotation: Rotation, attend: Attention) -> Tensor:
         """Map `[num_tokens, hidden_size]`, the same on all ranks, to the same shape on all ranks."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        attended = attend(self.layer_index, rotate(query, rotation), rotate(key, rotation), value)
-        y: Tensor = self.o_proj(attended.flatten(1))
+        y: Tensor = self.o_proj(attend(self.layer_index, heads, rotation).flatten(1))
         return y

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from engine.communication.handler import CommunicationHandler
+from engine.kernels.base import Kernels
+from engine.kernels.torch_kernels import TORCH_KERNELS
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class TensorParallelLayer(nn.Module):
     """Base of the parallel layers. `shard_specs` has one entry for each of the layer's own parameters, by its name."""
 
     shard_specs: dict[str, ShardSpec]
+    kernels: Kernels = TORCH_KERNELS
 
     def __init__(self, group: CommunicationHandler) -> None:
         super().__init__()
@@ -77,6 +80,13 @@ class TensorParallelLayer(nn.Module):
         """Return an uninitialised parameter of the rank's own `shape`, declared as `name`. Who fills it pads with 0."""
         self.shard_specs[name] = spec
         return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+
+def use_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """Let all layers of `model` compute with `kernels`, rather than with torch."""
+    for module in model.modules():
+        if isinstance(module, TensorParallelLayer):
+            module.kernels = kernels
 
 
 def iterate_sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:

@@ -16,6 +16,9 @@ from engine.protocol.model_config import ModelConfig
 class TensorParallelTransformerBlock(TensorParallelLayer):
     """H = X + attention(norm(X)), Y = H + mlp(norm(H)). Two all-reduces; X, H and Y are whole on every rank.
 
+    The last addition is left to the next layer's norm, which reads both terms anyway: Y goes in and out as two terms,
+    what came from the last MLP and the residual.
+
     Args:
         config: the model.
         layer_index: which layer's cache is used.
@@ -41,8 +44,10 @@ class TensorParallelTransformerBlock(TensorParallelLayer):
         )
         self.mlp = ParallelMLP(config, group, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, rotation: Rotation, attend: Attention) -> Tensor:
-        """Map `[num_tokens, hidden_size]` to the same shape."""
-        h = x + self.self_attn(self.input_layernorm(x), rotation, attend)
-        y: Tensor = h + self.mlp(self.post_attention_layernorm(h))
-        return y
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation, attend: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """Map the two terms of X, each `[num_tokens, hidden_size]`, to those of Y; None stands for zeros."""
+        normed, x = self.input_layernorm(x, residual)
+        normed, h = self.post_attention_layernorm(self.self_attn(normed, rotation, attend), x)
+        return self.mlp(normed), h

@@ -67,5 +67,8 @@ class ParallelLMHead(TensorParallelLayer):
             self.weight = self.create_parameter("weight", shape, spec, device=weight.device, dtype=weight.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map `[num_rows, hidden_size]`, the same on all ranks, to this rank's logits `[num_rows, local_vocab]`."""
-        return F.linear(copy_to_group(hidden, self.group), self.weight)
+        """Map `[num_rows, hidden_size]`, the same on all ranks, to this rank's logits `[num_rows, local_vocab]`.
+
+        They are float32 at least, whatever the model's type.
+        """
+        return self.kernels.logits(copy_to_group(hidden, self.group), self.weight)

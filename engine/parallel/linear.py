@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.communication.handler import CommunicationHandler
@@ -54,7 +53,7 @@ class ColumnParallelLinear(TensorParallelLayer):
         """Map `[num_tokens, in_features]`, the same on all ranks, to this rank's `[num_tokens, local_out_features]`."""
         weight = sum_replica_gradients(self.weight, self.spec, self.group)
         bias = None if self.bias is None else sum_replica_gradients(self.bias, self.spec, self.group)
-        return F.linear(copy_to_group(x, self.group), weight, bias)
+        return self.kernels.linear(copy_to_group(x, self.group), weight, bias)
 
 
 class RowParallelLinear(TensorParallelLayer):
@@ -101,8 +100,8 @@ class RowParallelLinear(TensorParallelLayer):
             ValueError: when the tokens of a reduce-scatter are no multiple of the ranks.
         """
         if self.group.world_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
+            return self.kernels.linear(x, self.weight, self.bias)
+        partial = self.kernels.linear(x, self.weight)
         if self.reduce == "all_reduce":
             y = reduce_from_group(partial, self.group)
             return y if self.bias is None else y + self.bias

@@ -1,7 +1,6 @@
 """The feed-forward layer, its intermediate features spread over the ranks."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.communication.handler import CommunicationHandler
@@ -42,6 +41,5 @@ class ParallelMLP(TensorParallelLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[num_tokens, hidden_size]`, the same on all ranks, to the same shape on all ranks."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        y: Tensor = self.down_proj(F.silu(gate) * up)
+        y: Tensor = self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))
         return y

@@ -8,9 +8,10 @@ from engine.parallel.base import ShardSpec, TensorParallelLayer
 
 
 class RMSNorm(TensorParallelLayer):
-    """y = w * x / sqrt(mean(x^2) + eps), over the last dimension (Zhang and Sennrich, 2019, arXiv 1910.07467).
+    """y = w * h / sqrt(mean(h^2) + eps), h = x + residual (Zhang and Sennrich, 2019, arXiv 1910.07467).
 
-    Computed in float32 at least, and rounded to x's type before w multiplies, as published Llamas were trained.
+    The mean is over the last dimension. Computed in float32 at least, and rounded to x's type before w multiplies, as
+    published Llamas were trained.
 
     Args:
         size: of the last dimension.
@@ -27,8 +28,6 @@ class RMSNorm(TensorParallelLayer):
         self.eps = eps
         self.weight = self.create_parameter("weight", (size,), ShardSpec(), device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[num_tokens, size]` to the same shape and type."""
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (precise * scale).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (y, h), each of x's shape `[num_tokens, size]` and type; without a residual h is x."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)

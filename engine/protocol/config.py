@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
 
@@ -66,6 +67,11 @@ class EngineConfig:
         "auto",
         "type of weights and arithmetic; auto takes the checkpoint's",
         choices=MODEL_DTYPES,
+    )
+    kernels: str = option(
+        "auto",
+        "what computes on a CPU: C++ for an instruction set, or torch; auto takes the fastest that there is",
+        choices=KERNELS,
     )
     max_model_len: int | None = option(
         None, "longest prompt plus completion in tokens; the model's, or what the KV cache can hold, when left out"

@@ -5,9 +5,15 @@ import os
 
 import torch
 
+from engine.kernels.base import Kernels
+from engine.kernels.cpu_kernels import DTYPES, CPUKernels
+from engine.kernels.library import find_library
+from engine.kernels.torch_kernels import TORCH_KERNELS
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
 from engine.worker.host import num_cpus
+
+SPIN_SECONDS = 100e-6  # that a thread looks for work before it sleeps; between two layers' operations lie some 10e-6
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +54,32 @@ def choose_dtype(engine: EngineConfig, config: ModelConfig) -> torch.dtype:
     """Return the type of weights and arithmetic."""
     name = config.dtype if engine.dtype == "auto" else engine.dtype
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def choose_kernels(engine: EngineConfig, device: torch.device, dtype: torch.dtype, num_threads: int) -> Kernels:
+    """Return what this rank computes with: C++ on a CPU where it can, and otherwise torch.
+
+    Args:
+        engine: says what is asked for.
+        device: the rank's.
+        dtype: of weights and arithmetic.
+        num_threads: of the rank.
+
+    Raises:
+        ValueError: naming the option, if what is asked for cannot be had.
+    """
+    if engine.kernels == "torch":
+        return TORCH_KERNELS
+    if device.type == "cuda" or dtype not in DTYPES:
+        if engine.kernels != "auto":
+            raise ValueError(
+                f"--kernels {engine.kernels} computes on CPUs in float32 or bfloat16, not {device} in {dtype}"
+            )
+        return TORCH_KERNELS
+    library = find_library(engine.kernels)
+    if library is None:
+        return TORCH_KERNELS
+    return CPUKernels(library, library.create_pool(num_threads, None, SPIN_SECONDS), dtype)
 
 
 def set_threads(num_ranks: int) -> None:

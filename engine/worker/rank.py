@@ -17,13 +17,14 @@ from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
+from engine.parallel.base import use_kernels
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
 from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
 from engine.protocol.model_config import ModelConfig
 from engine.scheduler.scheduler import Scheduler
 from engine.worker import kv_tensors
-from engine.worker.device import choose_device, choose_dtype, ranks_on_host, set_threads
+from engine.worker.device import choose_device, choose_dtype, choose_kernels, ranks_on_host, set_threads
 from engine.worker.follower import Follower
 from engine.worker.leader import Leader
 from engine.worker.model_runner import ModelRunner
@@ -105,6 +106,7 @@ def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device, con
     config.check_tensor_parallel_size(group.world_size)
     dtype = choose_dtype(spec.engine, config)
     model = build_model(config, group, device=device, dtype=dtype)
+    use_kernels(model, choose_kernels(spec.engine, device, dtype, torch.get_num_threads()))
     distributor = ModelDistributor(group, _load_config(spec), LoadingReporter(control, spec.epoch, group.rank))
     report = distributor.load_model(model, spec.weights_directory)
     return _Shard(

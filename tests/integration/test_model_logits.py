@@ -51,7 +51,7 @@ def load(group: CommunicationHandler, directory: Path) -> tuple[LlamaForCausalLM
 def dense_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
     """Compute all sequences at once, as in training."""
     model, config = load(group, directory)
-    attend = DenseCausalAttention([0, *accumulate(LENGTHS)])
+    attend = DenseCausalAttention([0, *accumulate(LENGTHS)], config.local_kv_heads(group.world_size))
     token_ids = torch.tensor([token for ids in token_ids_of(config.vocab_size) for token in ids])
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     with torch.inference_mode():

@@ -229,6 +229,10 @@ POSITIONS = torch.tensor([*range(5), *range(7)])
 HEADS = [(4, 4, 2), (4, 2, 2), (4, 1, 2), (6, 3, 3), (6, 1, 3), (4, 4, 4), (8, 2, 4), (4, 1, 4)]
 
 
+def dense_attention(config: ModelConfig, group: CommunicationHandler) -> DenseCausalAttention:
+    return DenseCausalAttention(SEQUENCES, config.local_kv_heads(group.world_size))
+
+
 def check_attention(group: CommunicationHandler, heads: tuple[int, int], bias: bool) -> None:
     config = config_of(heads, bias=bias)
     rotary = RotaryEmbedding(config.head_dim, config.rope, device=CPU, dtype=FLOAT64)
@@ -236,8 +240,8 @@ def check_attention(group: CommunicationHandler, heads: tuple[int, int], bias: b
     def build(group: CommunicationHandler) -> ParallelAttention:
         return ParallelAttention(config, 0, group, device=CPU, dtype=FLOAT64)
 
-    def loss(layer: nn.Module, _group: CommunicationHandler, x: Tensor) -> Tensor:
-        return weighted(layer(x, rotary(POSITIONS), DenseCausalAttention(SEQUENCES)))
+    def loss(layer: nn.Module, group: CommunicationHandler, x: Tensor) -> Tensor:
+        return weighted(layer(x, rotary(POSITIONS), dense_attention(config, group)))
 
     check_training(group, build, loss, noise(50, NUM_TOKENS, config.hidden_size) / 3)
 
@@ -273,8 +277,9 @@ def check_block(group: CommunicationHandler, heads: tuple[int, int], bias: bool)
     def build(group: CommunicationHandler) -> TensorParallelTransformerBlock:
         return TensorParallelTransformerBlock(config, 0, group, device=CPU, dtype=FLOAT64)
 
-    def loss(layer: nn.Module, _group: CommunicationHandler, x: Tensor) -> Tensor:
-        return weighted(layer(x, rotary(POSITIONS), DenseCausalAttention(SEQUENCES)) / 10)
+    def loss(layer: nn.Module, group: CommunicationHandler, x: Tensor) -> Tensor:
+        y, residual = layer(x / 2, x / 2, rotary(POSITIONS), dense_attention(config, group))
+        return weighted((y + residual) / 10)
 
     check_training(group, build, loss, noise(50, NUM_TOKENS, config.hidden_size))
 
@@ -293,7 +298,7 @@ def check_model(group: CommunicationHandler, heads: tuple[int, int], tied: bool)
 
     def loss(model: nn.Module, group: CommunicationHandler, token_ids: Tensor) -> Tensor:
         assert isinstance(model, LlamaForCausalLM)
-        hidden = model(token_ids, POSITIONS, DenseCausalAttention(SEQUENCES))
+        hidden = model(token_ids, POSITIONS, dense_attention(config, group))
         logits = gather_from_group(model.compute_logits(hidden), group)[:, : config.vocab_size]
         return F.cross_entropy(logits, token_ids.roll(-1))
 

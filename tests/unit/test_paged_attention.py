@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionMetadata, KVCache
 from engine.attention.dense import DenseCausalAttention
+from engine.attention.rotary import Rotation
 from engine.attention.torch_paged import SHORT, PagedAttention
 
 HEAD_DIM = 6
@@ -80,12 +81,18 @@ def metadata_of(chunks: list[tuple[Sequence, int, int]], block_size: int) -> Att
     )
 
 
+def unturned(query: Tensor) -> Rotation:
+    """The rotation that changes nothing."""
+    return Rotation(query.new_ones(len(query), 1, HEAD_DIM), query.new_zeros(len(query), 1, HEAD_DIM))
+
+
 def run_step(caches: list[KVCache], layer: int, chunks: list[tuple[Sequence, int, int]], block_size: int) -> Tensor:
     query, key, value = (
         torch.cat([getattr(sequence, name)[start:stop] for sequence, start, stop in chunks])
         for name in ("query", "key", "value")
     )
-    return PagedAttention(caches, metadata_of(chunks, block_size))(layer, query, key, value)
+    attend = PagedAttention(caches, metadata_of(chunks, block_size))
+    return attend(layer, torch.cat((query, key, value), dim=1), unturned(query))
 
 
 def poisoned_caches(num_blocks: int, block_size: int, kv_heads: int, num_layers: int = 1) -> list[KVCache]:
@@ -184,7 +191,9 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
 def test_dense_attention_attends_within_each_packed_sequence(lengths: list[int], share: int, seed: int) -> None:
     sequences, _ = make_sequences(lengths, (2 * share, 2), 4, seed)
     query, key, value = (torch.cat([getattr(s, name) for s in sequences]) for name in ("query", "key", "value"))
-    output = DenseCausalAttention([0, *accumulate(lengths)])(0, query, key, value)
+    output = DenseCausalAttention([0, *accumulate(lengths)], 2)(
+        0, torch.cat((query, key, value), dim=1), unturned(query)
+    )
     reference = torch.cat([expected(s, 0, n) for s, n in zip(sequences, lengths, strict=True)])
     torch.testing.assert_close(output, reference, rtol=1e-10, atol=1e-12)
 
@@ -194,7 +203,8 @@ def test_gradients_of_dense_attention_are_those_of_its_definition() -> None:
     tensors = (sequence.query, sequence.key, sequence.value)
     weights = torch.randn(6, 4, HEAD_DIM, generator=torch.Generator().manual_seed(6), dtype=FLOAT64)
     ours = [tensor.clone().requires_grad_() for tensor in tensors]
-    torch.autograd.backward((DenseCausalAttention([0, 6])(0, *ours) * weights).sum())
+    attended = DenseCausalAttention([0, 6], 2)(0, torch.cat(ours, dim=1), unturned(sequence.query))
+    torch.autograd.backward((attended * weights).sum())
     defined = [tensor.clone().requires_grad_() for tensor in tensors]
     rows = [
         (defined[1][: t + 1, h // 2] @ defined[0][t, h] * HEAD_DIM**-0.5).softmax(0) @ defined[2][: t + 1, h // 2]

@@ -1,0 +1,76 @@
+"""The C++ kernels for a CPU, behind the contract of the layers."""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.library import KernelLibrary
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class CPUKernels:
+    """See `engine.kernels.base.Kernels`. For inference: nothing here is differentiable.
+
+    Args:
+        library: the kernels.
+        pool: their threads; see `KernelLibrary.create_pool`.
+        dtype: of all tensors; one of `DTYPES`.
+    """
+
+    def __init__(self, library: KernelLibrary, pool: int, dtype: torch.dtype) -> None:
+        suffix = DTYPES[dtype]
+        self.name = library.instruction_set
+        self.library = library
+        self.pool = pool
+        self._linear = library.function(f"linear_{suffix}")
+        self._logits = library.function("linear_f32" if dtype == torch.float32 else f"linear_{suffix}_f32")
+        self._add_rms_norm = library.function(f"add_rms_norm_{suffix}")
+        self._silu_mul = library.function(f"silu_mul_{suffix}")
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + b; see `Kernels`."""
+        num_tokens, in_features = x.shape
+        y = x.new_empty((num_tokens, weight.shape[0]))
+        self._linear(
+            self.pool,
+            y.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            num_tokens,
+            weight.shape[0],
+            in_features,
+        )
+        return y
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x W^T in float32; see `Kernels`."""
+        num_rows, in_features = x.shape
+        y = torch.empty((num_rows, weight.shape[0]), dtype=torch.float32)
+        self._logits(
+            self.pool, y.data_ptr(), x.data_ptr(), weight.data_ptr(), None, num_rows, weight.shape[0], in_features
+        )
+        return y
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return (norm(x + residual), x + residual); see `Kernels`."""
+        y = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        self._add_rms_norm(
+            self.pool,
+            y.data_ptr(),
+            total.data_ptr(),
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            *x.shape,
+            eps,
+        )
+        return y, total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Return silu(G) * U; see `Kernels`."""
+        num_tokens, width = gate_up.shape
+        y = gate_up.new_empty((num_tokens, width // 2))
+        self._silu_mul(self.pool, y.data_ptr(), gate_up.data_ptr(), num_tokens, width // 2)
+        return y

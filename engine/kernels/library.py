@@ -1,0 +1,102 @@
+"""Loads the C++ kernels, and says what their functions take."""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from engine.kernels.instruction_sets import usable_instruction_sets
+from engine.kernels.sources import DIRECTORY, library_name
+
+logger = logging.getLogger(__name__)
+
+POINTER, SIZE = c_void_p, c_int64  # a tensor's data_ptr() or a pool; a count
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "pool_destroy": (POINTER,),
+    "linear_f32": (*[POINTER] * 5, *[SIZE] * 3),
+    "linear_bf16": (*[POINTER] * 5, *[SIZE] * 3),
+    "linear_bf16_f32": (*[POINTER] * 5, *[SIZE] * 3),
+    "add_rms_norm_f32": (*[POINTER] * 6, *[SIZE] * 2, c_float),
+    "add_rms_norm_bf16": (*[POINTER] * 6, *[SIZE] * 2, c_float),
+    "silu_mul_f32": (*[POINTER] * 3, *[SIZE] * 2),
+    "silu_mul_bf16": (*[POINTER] * 3, *[SIZE] * 2),
+}
+
+
+class KernelLibrary:
+    """The kernels as one instruction set has them.
+
+    Raises:
+        OSError: if there is no such library, or it cannot be loaded.
+    """
+
+    def __init__(self, instruction_set: str, directory: Path = DIRECTORY) -> None:
+        self.instruction_set = instruction_set
+        self._library = ctypes.CDLL(str(directory / library_name(instruction_set)))
+
+    @property
+    def source_hash(self) -> str:
+        """Of the sources that it was compiled from; see `engine.kernels.sources`."""
+        function = self._library.ryz_source_hash
+        function.restype = c_char_p
+        text: bytes = function()
+        return text.decode()
+
+    def function(self, name: str) -> Callable[..., None]:
+        """Return the function `ryz_{name}`, which checks nothing: neither sizes nor pointers. It releases the GIL."""
+        function: Any = self._library[f"ryz_{name}"]  # an object of its own each time, unlike an attribute
+        function.argtypes, function.restype = SIGNATURES[name], None
+        typed: Callable[..., None] = function
+        return typed
+
+    def create_pool(self, num_threads: int, cpus: list[int] | None, spin_seconds: float) -> int:
+        """Return a pool of threads for the functions that take one; it is never destroyed.
+
+        Args:
+            num_threads: the calling thread included.
+            cpus: which core each stays on; None leaves that to the kernel.
+            spin_seconds: how long a thread without work looks for some before it sleeps.
+
+        Raises:
+            RuntimeError: if the threads cannot be had.
+        """
+        function = self._library.ryz_pool_create
+        function.argtypes, function.restype = (c_int, c_void_p, c_int64), c_void_p
+        array = None if cpus is None else (c_int * num_threads)(*cpus)
+        pool: int | None = function(num_threads, array, round(spin_seconds * 1e9))
+        if pool is None:
+            raise RuntimeError(f"{num_threads} threads cannot be started")
+        return pool
+
+
+def find_library(instruction_set: str = "auto") -> KernelLibrary | None:
+    """Return the kernels for an instruction set; for `auto` the fastest that there are, or None, with one warning.
+
+    Args:
+        instruction_set: `auto`, or the name of one of `engine.kernels.instruction_sets`.
+
+    Raises:
+        ValueError: naming the option, if another than `auto` cannot be had.
+    """
+    usable = [item.name for item in usable_instruction_sets()]
+    if instruction_set != "auto":
+        if instruction_set not in usable:
+            raise ValueError(f"--kernels {instruction_set}: this machine has {', '.join(usable) or 'none of them'}")
+        return _load(instruction_set, "--kernels {name}: {error}")
+    if not usable:
+        logger.warning("there are no C++ kernels for this machine, which has no AVX2: torch computes, slower")
+        return None
+    try:
+        return _load(usable[0], "{error}")
+    except ValueError as error:
+        logger.warning("the C++ kernels are missing, so torch computes, slower: %s", error)
+        return None
+
+
+def _load(name: str, message: str) -> KernelLibrary:
+    try:
+        return KernelLibrary(name)
+    except OSError as error:
+        raise ValueError(message.format(name=name, error=error)) from error
