@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.protocol.config import KERNELS
+from tests.kernels import KERNELS_VARIABLE, usable_kernels
+
 FIGURES = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the engines under test run")
+    parser.addoption("--kernels", default="auto", choices=KERNELS, help="what the engines under test compute with")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(caches.cleanup)
     os.environ["RYZANSTEIN_SHARD_CACHE_DIR"] = f"{caches.name}/shards"
     os.environ["HF_HOME"] = f"{caches.name}/huggingface"
+    if (kernels := config.getoption("--kernels")) != "auto":
+        os.environ[KERNELS_VARIABLE] = kernels
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for `each_kernels` with all that this machine can compute with, or with `--kernels` alone."""
+    if "each_kernels" in metafunc.fixturenames:
+        asked: str = metafunc.config.getoption("--kernels")
+        metafunc.parametrize("each_kernels", usable_kernels() if asked == "auto" else [asked], scope="session")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -24,6 +24,7 @@ from engine.protocol.messages import (
     TokenBatch,
     TokenOutput,
 )
+from tests.kernels import with_kernels_of_the_suite
 
 START_SECONDS = 120.0  # generous: only a hang should exceed it
 OUTPUT_SECONDS = 120.0
@@ -43,7 +44,8 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, command: Sequence[str] = ("-P", "-m", "engine.orchestrator")) -> None:
         self._command = command
         self._folder = tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp")
-        self.spec = RankSpec(engine=config, epoch=7, run_dir=self._folder.name)
+        engine = with_kernels_of_the_suite(config)
+        self.spec = RankSpec(engine=engine, epoch=7, run_dir=self._folder.name)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.status_channel = Channel(self._context, None, GroupStatus)
         self.channel = Channel(self._context, self.spec.epoch, TokenBatch, StatsReport)

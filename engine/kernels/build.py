@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 from engine.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet
-from engine.kernels.sources import SOURCES, library_name, source_hash
+from engine.kernels.sources import DIRECTORY, HEADERS, SOURCES, library_name, source_hash
 
 COMMON_FLAGS = (
     "-std=c++17",
@@ -38,8 +39,6 @@ COMMON_FLAGS = (
 def compile_kernels(directory: Path, *, warnings_are_errors: bool = False) -> list[Path]:
     """Compile a library for each instruction set into `directory` and return their paths.
 
-    The compiler is `$CXX`, or `g++` or `c++`, whichever is there.
-
     Args:
         directory: made if need be.
         warnings_are_errors: for our tests; other people's compilers warn of other things.
@@ -49,13 +48,18 @@ def compile_kernels(directory: Path, *, warnings_are_errors: bool = False) -> li
     """
     if platform.machine() != "x86_64":
         raise RuntimeError(f"the C++ kernels are for x86-64, and this is {platform.machine()}")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler was found: neither $CXX nor g++ nor c++")
     directory.mkdir(parents=True, exist_ok=True)
     command = [*compiler.split(), *COMMON_FLAGS, *(["-Werror"] if warnings_are_errors else [])]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda item: _compile(command, item, directory), INSTRUCTION_SETS))
+
+
+def find_compiler() -> str | None:
+    """Return the command of a C++ compiler: `$CXX`, or `g++` or `c++`, whichever is there."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def _compile(compiler: Sequence[str], instruction_set: InstructionSet, directory: Path) -> Path:
@@ -94,6 +98,10 @@ class BuildKernels(build_ext):
         except RuntimeError as error:
             print(f"warning: ryzanstein is built without its C++ kernels: {error}", file=sys.stderr)  # noqa: T201
 
+    def get_source_files(self) -> list[str]:
+        """Return what a source distribution must have to be built."""
+        return [str(path.relative_to(DIRECTORY.parents[1])) for path in (*SOURCES, *HEADERS)]
+
     def get_outputs(self) -> list[str]:
         """Return what `run` wrote."""
         return [str(path) for path in _libraries(Path(self.build_lib) / "engine" / "kernels")]
@@ -101,6 +109,14 @@ class BuildKernels(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         """Return nothing: an editable installation has the libraries in the source tree."""
         return {}
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and any Python 3: ctypes loads the libraries, which know nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag of interpreter, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
 
 
 def _libraries(directory: Path) -> Iterable[Path]:

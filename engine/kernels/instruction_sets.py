@@ -13,7 +13,9 @@ class InstructionSet:
 
     name: str
     compiler_flags: tuple[str, ...]
-    cpu_flags: frozenset[str]  # as /proc/cpuinfo has them; a CPU must have all
+    # As /proc/cpuinfo has them; a CPU must have all. The kernel leaves out what it does not save for a process, such as
+    # the registers of AVX-512, so nothing needs to ask the processor (xgetbv).
+    cpu_flags: frozenset[str]
 
 
 _AVX2 = InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"}))

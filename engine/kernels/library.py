@@ -2,6 +2,8 @@
 
 import ctypes
 import logging
+import os
+import struct
 from collections.abc import Callable
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -34,7 +36,9 @@ class KernelLibrary:
 
     def __init__(self, instruction_set: str, directory: Path = DIRECTORY) -> None:
         self.instruction_set = instruction_set
-        self._library = ctypes.CDLL(str(directory / library_name(instruction_set)))
+        path = directory / library_name(instruction_set)
+        _check_whole(path)
+        self._library = ctypes.CDLL(str(path))
 
     @property
     def source_hash(self) -> str:
@@ -71,11 +75,12 @@ class KernelLibrary:
         return pool
 
 
-def find_library(instruction_set: str = "auto") -> KernelLibrary | None:
+def find_library(instruction_set: str = "auto", directory: Path = DIRECTORY) -> KernelLibrary | None:
     """Return the kernels for an instruction set; for `auto` the fastest that there are, or None, with one warning.
 
     Args:
         instruction_set: `auto`, or the name of one of `engine.kernels.instruction_sets`.
+        directory: where the libraries are.
 
     Raises:
         ValueError: naming the option, if another than `auto` cannot be had.
@@ -84,19 +89,29 @@ def find_library(instruction_set: str = "auto") -> KernelLibrary | None:
     if instruction_set != "auto":
         if instruction_set not in usable:
             raise ValueError(f"--kernels {instruction_set}: this machine has {', '.join(usable) or 'none of them'}")
-        return _load(instruction_set, "--kernels {name}: {error}")
+        try:
+            return KernelLibrary(instruction_set, directory)
+        except OSError as error:
+            raise ValueError(f"--kernels {instruction_set}: {error}") from error
     if not usable:
         logger.warning("there are no C++ kernels for this machine, which has no AVX2: torch computes, slower")
         return None
     try:
-        return _load(usable[0], "{error}")
-    except ValueError as error:
-        logger.warning("the C++ kernels are missing, so torch computes, slower: %s", error)
+        return KernelLibrary(usable[0], directory)
+    except OSError as error:
+        logger.warning("there are no C++ kernels, so torch computes, slower: %s", error)
         return None
 
 
-def _load(name: str, message: str) -> KernelLibrary:
-    try:
-        return KernelLibrary(name)
-    except OSError as error:
-        raise ValueError(message.format(name=name, error=error)) from error
+def _check_whole(path: Path) -> None:
+    """Raise OSError if a library is cut short: the loader would map it, and the process would die of what is missing.
+
+    A linker writes the table of sections last (ELF-64: its offset is at 40 of the header, entry size and count at 58).
+    """
+    with path.open("rb") as file:
+        header, size = file.read(64), os.fstat(file.fileno()).st_size
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        raise OSError(f"{path} is no library")
+    (offset,), (entry_size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    if offset + entry_size * count > size:
+        raise OSError(f"{path} is cut short")
