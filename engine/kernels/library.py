@@ -20,10 +20,18 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "linear_f32": (*[POINTER] * 5, *[SIZE] * 3),
     "linear_bf16": (*[POINTER] * 5, *[SIZE] * 3),
     "linear_bf16_f32": (*[POINTER] * 5, *[SIZE] * 3),
+    "linear_int8_f32": (*[POINTER] * 6, *[SIZE] * 4),
+    "linear_int8_bf16": (*[POINTER] * 6, *[SIZE] * 4),
+    "linear_int8_bf16_f32": (*[POINTER] * 6, *[SIZE] * 4),
+    "int8_scales_f32": (*[POINTER] * 3, *[SIZE] * 3),
+    "int8_scales_bf16": (*[POINTER] * 3, *[SIZE] * 3),
+    "int8_rows_f32": (*[POINTER] * 4, *[SIZE] * 3),
+    "int8_rows_bf16": (*[POINTER] * 4, *[SIZE] * 3),
     "add_rms_norm_f32": (*[POINTER] * 6, *[SIZE] * 2, c_float),
     "add_rms_norm_bf16": (*[POINTER] * 6, *[SIZE] * 2, c_float),
     "silu_mul_f32": (*[POINTER] * 3, *[SIZE] * 2),
     "silu_mul_bf16": (*[POINTER] * 3, *[SIZE] * 2),
+    "read_memory": (*[POINTER] * 3, SIZE),
 }
 
 
