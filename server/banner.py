@@ -10,7 +10,10 @@ from server.service import TextModel
 
 def banner(status: GroupStatus, spec: RankSpec, model: TextModel, url: str) -> str:
     """Return a few lines: model, ranks, memory, context and address, which is `url`."""
-    ranks = [f"{rank.rank}: pid {rank.pid} on {rank.host}, {rank.device}" for rank in status.ranks]
+    ranks = [
+        ", ".join(filter(None, (f"{rank.rank}: pid {rank.pid} on {rank.host}", rank.device, rank.threads)))
+        for rank in status.ranks
+    ]
     memory = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(size)}" for kind, size in status.memory.items())
     lines = [
         ("model", f"{model.name} ({spec.engine.model})"),

@@ -8,6 +8,7 @@ import sys
 import uvloop
 import zmq.asyncio
 
+from engine.protocol.affinity import keep_process_on
 from engine.protocol.messages import GroupStatus
 from server.app import create_app
 from server.banner import banner, listening_url
@@ -58,6 +59,7 @@ async def _serve(
 
     def announce(status: GroupStatus) -> None:
         ready.set()
+        keep_process_on(status.service_cpus)
         url = listening_url(listener, "http" if credentials.tls is None else "https")
         sys.stderr.write(banner(status, process.spec, model, url) + "\n")
         weights.start_writing()

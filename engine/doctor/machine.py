@@ -13,6 +13,7 @@ from engine.protocol.config import EngineConfig
 from engine.protocol.open_files import check_open_files
 from engine.protocol.units import format_bytes, format_seconds
 from engine.worker import host
+from engine.worker.placement import asked_threads, place, read_processors
 
 SECTION = "machine"
 SYSTEM = Path("/sys/devices/system")
@@ -46,14 +47,15 @@ def checks(engine: EngineConfig) -> list[Check]:
 
 def cores(num_ranks: int, device: str, system: Path = SYSTEM) -> Finding:
     """Compare cores with ranks and their threads."""
-    usable = host.num_cpus()
+    processors, asked = read_processors(system), asked_threads()
     smt = _read(system / "cpu/smt/active")
     siblings = {"1": ", two threads a core (SMT)", "0": ", SMT off"}.get(smt, "")
-    threads = os.environ.get("OMP_NUM_THREADS")
-    each = int(threads) if threads and threads.isdecimal() else max(1, usable // num_ranks)
-    source = " (OMP_NUM_THREADS)" if threads else ""
-    found = f"{usable} of {os.cpu_count()} usable{siblings}; {num_ranks} rank(s) of {each} thread(s){source}"
-    if device != "cuda" and num_ranks * each > usable:
+    placements = [place(processors, num_ranks, rank, asked) for rank in range(num_ranks)]
+    ranks = "; ".join(f"rank {rank}: {placement.describe()}" for rank, placement in enumerate(placements))
+    source = " (OMP_NUM_THREADS)" if asked is not None else ""
+    usable = sum(map(len, processors.cores))
+    found = f"{usable} of {os.cpu_count()} CPUs usable{siblings}: {len(processors.cores)} core(s); {ranks}{source}"
+    if device != "cuda" and sum(placement.num_threads for placement in placements) > host.num_cpus():
         return warning(f"{found}: more threads than cores", "lower --tensor-parallel-size, or OMP_NUM_THREADS if set")
     return ok(found)
 

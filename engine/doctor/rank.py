@@ -23,7 +23,7 @@ from engine.protocol.config import RankSpec
 from engine.protocol.messages import Failed
 from engine.protocol.model_config import ModelConfig
 from engine.worker import host, kv_tensors
-from engine.worker.device import choose_device, choose_dtype, ranks_on_host, set_threads
+from engine.worker.device import choose_device, choose_dtype, choose_placement, ranks_on_host
 from engine.worker.parent import die_with_parent
 from engine.worker.rank import hello
 
@@ -60,9 +60,10 @@ def run(spec_path: Path) -> int:
 
 
 def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
-    set_threads(ranks_on_host(spec.engine))
-    device = choose_device(spec.engine, int(os.environ["LOCAL_RANK"]))
-    control.send(hello(spec, rank, device))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device, placement = choose_device(spec.engine, local_rank), choose_placement(spec.engine, local_rank)
+    torch.set_num_threads(placement.num_threads)
+    control.send(hello(spec, rank, device, placement))
     began = time.perf_counter()
     group = ProcessGroupManager(device, timeout_seconds=JOIN_SECONDS).tensor_parallel
     group.barrier()
@@ -73,7 +74,7 @@ def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
     return RankReport(
         epoch=spec.epoch,
         rank=rank,
-        num_threads=torch.get_num_threads(),
+        num_threads=placement.num_threads,
         join_seconds=joined,
         are_sums_right=are_sums_right,
         all_reduce_seconds=times,

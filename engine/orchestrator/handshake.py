@@ -66,7 +66,7 @@ class Handshake:
     def ranks(self) -> list[RankInfo]:
         """Where the ranks heard of run, in order of rank."""
         hellos = (self._hellos[rank] for rank in sorted(self._hellos))
-        return [RankInfo(hello.rank, hello.pid, hello.host, hello.device) for hello in hellos]
+        return [RankInfo(hello.rank, hello.pid, hello.host, hello.device, hello.threads) for hello in hellos]
 
     def memory(self, num_kv_blocks: int) -> dict[str, int]:
         """Return bytes by kind, summed over the ranks, with a cache of `num_kv_blocks` on each."""

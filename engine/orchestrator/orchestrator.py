@@ -15,11 +15,13 @@ import zmq
 from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.orchestrator.launcher import RANK_COMMAND, RankProcesses, describe_exit
 from engine.orchestrator.loading import LoadingProgress
+from engine.protocol.affinity import keep_process_on
 from engine.protocol.channel import Channel
 from engine.protocol.codec import ProtocolError
 from engine.protocol.config import RUN_DIR_FILES, RankSpec
 from engine.protocol.messages import Failed, GroupState, GroupStatus, Hello, Loading, Message, Ready, Started
 from engine.protocol.model_config import ModelConfig
+from engine.worker.placement import asked_threads, read_processors, service_cpus
 
 # When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
 SETTLE_SECONDS = 0.2
@@ -147,6 +149,7 @@ class MultiGPUOrchestrator:
         if not handshake.all_started:
             return
         start = handshake.start()
+        cpus = self._leave_the_ranks_cores(handshake)
         self._status.send(
             GroupStatus(
                 epoch=self._spec.epoch,
@@ -156,8 +159,17 @@ class MultiGPUOrchestrator:
                 max_model_len=start.max_model_len,
                 num_kv_blocks=start.num_kv_blocks,
                 memory=handshake.memory(start.num_kv_blocks),
+                service_cpus=cpus,
             )
         )
+
+    def _leave_the_ranks_cores(self, handshake: Handshake) -> list[int]:
+        """Run, from now on, where no rank computes, if there is such a place; return it, for the server."""
+        if any(rank.device != "cpu" for rank in handshake.ranks):
+            return []
+        cpus = service_cpus(read_processors(), self._world_size, asked_threads())
+        keep_process_on(cpus)
+        return list(cpus)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -194,6 +194,7 @@ class Hello(Message, frozen=True):
     host: str
     device: str
     config_hash: str
+    threads: str = ""  # that compute, in words; nothing where a device does
 
 
 class Loading(Message, frozen=True):
@@ -250,6 +251,7 @@ class RankInfo(Part, frozen=True):
     pid: int
     host: str
     device: str
+    threads: str = ""  # that compute, in words; nothing where a device does
 
 
 class GroupStatus(Message, frozen=True):
@@ -265,3 +267,4 @@ class GroupStatus(Message, frozen=True):
     is_user_error: bool = False  # FAILED
     loaded_bytes: int = 0  # STARTING: of all ranks' weights …
     total_bytes: int = 0  # STARTING: … of so many; 0 while nobody knows
+    service_cpus: list[int] = []  # READY: where the server should run; none leaves that to the kernel

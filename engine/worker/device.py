@@ -11,9 +11,7 @@ from engine.kernels.library import find_library
 from engine.kernels.torch_kernels import TORCH_KERNELS
 from engine.protocol.config import EngineConfig
 from engine.protocol.model_config import ModelConfig
-from engine.worker.host import num_cpus
-
-SPIN_SECONDS = 100e-6  # that a thread looks for work before it sleeps; between two layers' operations lie some 10e-6
+from engine.worker.placement import Placement, asked_threads, place, read_processors
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +54,14 @@ def choose_dtype(engine: EngineConfig, config: ModelConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def choose_kernels(engine: EngineConfig, device: torch.device, dtype: torch.dtype, num_threads: int) -> Kernels:
+def choose_kernels(engine: EngineConfig, device: torch.device, dtype: torch.dtype, placement: Placement) -> Kernels:
     """Return what this rank computes with: C++ on a CPU where it can, and otherwise torch.
 
     Args:
         engine: says what is asked for.
         device: the rank's.
         dtype: of weights and arithmetic.
-        num_threads: of the rank.
+        placement: the rank's threads.
 
     Raises:
         ValueError: naming the option, if what is asked for cannot be had.
@@ -79,13 +77,30 @@ def choose_kernels(engine: EngineConfig, device: torch.device, dtype: torch.dtyp
     library = find_library(engine.kernels)
     if library is None:
         return TORCH_KERNELS
-    return CPUKernels(library, library.create_pool(num_threads, None, SPIN_SECONDS), dtype)
+    cpus = None if placement.cpus is None else list(placement.cpus)
+    return CPUKernels(library, library.create_pool(placement.num_threads, cpus, placement.spin_seconds), dtype)
 
 
-def set_threads(num_ranks: int) -> None:
-    """Share the cores that this host or container gives between its ranks, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, num_cpus() // num_ranks))
+def choose_placement(engine: EngineConfig, local_rank: int) -> Placement:
+    """Return the threads of the rank that is number `local_rank` on this host."""
+    return place(read_processors(), ranks_on_host(engine), local_rank, asked_threads())
+
+
+def set_torch_threads(placement: Placement, kernels: Kernels) -> None:
+    """Give torch the rank's threads where it computes, and one beside the C++ kernels.
+
+    What is left to it there is small, and threads of its own would look for work on cores that are computing.
+    """
+    torch.set_num_threads(placement.num_threads if kernels is TORCH_KERNELS else 1)
+
+
+def stay_on_cpus(placement: Placement, kernels: Kernels) -> None:
+    """Keep the calling thread where the placement has it; with torch, it and the threads that torch will start.
+
+    A thread inherits this from the one that starts it: to be called when all that do not compute have been started.
+    """
+    if placement.cpus is not None:
+        os.sched_setaffinity(0, placement.cpus if kernels is TORCH_KERNELS else placement.cpus[:1])
 
 
 def ranks_on_host(engine: EngineConfig) -> int:

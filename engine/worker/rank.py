@@ -15,6 +15,7 @@ from engine.checkpoint.mapped_memory import MappedMemory
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
+from engine.kernels.base import Kernels
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.parallel.base import use_kernels
@@ -24,11 +25,20 @@ from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBat
 from engine.protocol.model_config import ModelConfig
 from engine.scheduler.scheduler import Scheduler
 from engine.worker import kv_tensors
-from engine.worker.device import choose_device, choose_dtype, choose_kernels, ranks_on_host, set_threads
+from engine.worker.device import (
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    choose_placement,
+    ranks_on_host,
+    set_torch_threads,
+    stay_on_cpus,
+)
 from engine.worker.follower import Follower
 from engine.worker.leader import Leader
 from engine.worker.model_runner import ModelRunner
 from engine.worker.parent import die_with_parent
+from engine.worker.placement import Placement
 from engine.worker.progress import LoadingReporter
 from engine.worker.statistics import RankStatistics, process_memory
 
@@ -41,6 +51,7 @@ class _Shard:
 
     config: ModelConfig
     model: LlamaForCausalLM
+    kernels: Kernels
     device: torch.device
     dtype: torch.dtype
     num_kv_heads: int  # of this rank
@@ -75,7 +86,7 @@ def run_rank(spec: RankSpec) -> int:
     return 1
 
 
-def hello(spec: RankSpec, rank: int, device: torch.device) -> Hello:
+def hello(spec: RankSpec, rank: int, device: torch.device, placement: Placement) -> Hello:
     """Return this process's first word to the orchestrator."""
     return Hello(
         epoch=spec.epoch,
@@ -84,6 +95,7 @@ def hello(spec: RankSpec, rank: int, device: torch.device) -> Hello:
         host=socket.gethostname(),
         device=str(device),
         config_hash=config_hash(spec.engine),
+        threads=placement.describe() if device.type == "cpu" else "",
     )
 
 
@@ -91,27 +103,36 @@ def _set_up(
     spec: RankSpec, rank: int, context: "zmq.Context[zmq.Socket[bytes]]", control: Channel
 ) -> Leader | Follower:
     """Say HELLO, load, agree with the other ranks, allocate; return what runs this rank's steps."""
-    set_threads(ranks_on_host(spec.engine))
-    device = choose_device(spec.engine, int(os.environ.get("LOCAL_RANK", rank)))
-    control.send(hello(spec, rank, device))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    device = choose_device(spec.engine, local_rank)
+    placement = choose_placement(spec.engine, local_rank)
+    control.send(hello(spec, rank, device, placement))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
     group = ProcessGroupManager(device).tensor_parallel
-    shard = _load(spec, group, device, control)
+    shard = _load(spec, group, device, placement, control)
     start = _agree(spec, group, shard, control)
-    return _make_loop(spec, group, shard, start, context)
+    loop = _make_loop(spec, group, shard, start, context)
+    if device.type == "cpu":
+        stay_on_cpus(placement, shard.kernels)
+    return loop
 
 
-def _load(spec: RankSpec, group: CommunicationHandler, device: torch.device, control: Channel) -> _Shard:
+def _load(
+    spec: RankSpec, group: CommunicationHandler, device: torch.device, placement: Placement, control: Channel
+) -> _Shard:
     config = ModelConfig.from_directory(spec.engine.model)
     config.check_tensor_parallel_size(group.world_size)
     dtype = choose_dtype(spec.engine, config)
     model = build_model(config, group, device=device, dtype=dtype)
-    use_kernels(model, choose_kernels(spec.engine, device, dtype, torch.get_num_threads()))
+    kernels = choose_kernels(spec.engine, device, dtype, placement)
+    set_torch_threads(placement, kernels)
+    use_kernels(model, kernels)
     distributor = ModelDistributor(group, _load_config(spec), LoadingReporter(control, spec.epoch, group.rank))
     report = distributor.load_model(model, spec.weights_directory)
     return _Shard(
         config=config,
         model=model,
+        kernels=kernels,
         device=device,
         dtype=dtype,
         num_kv_heads=config.local_kv_heads(group.world_size),

@@ -1,13 +1,17 @@
 """Which device, type and number of threads a rank chooses; CUDA devices are made up."""
 
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from engine.kernels.base import Kernels
+from engine.kernels.torch_kernels import TORCH_KERNELS, TorchKernels
 from engine.protocol.config import EngineConfig
-from engine.worker import device
-from engine.worker.device import choose_device, choose_dtype, set_threads
+from engine.worker.device import choose_device, choose_dtype, set_torch_threads, stay_on_cpus
+from engine.worker.placement import Placement
 from tests.configs import model_config
 
 CPU = torch.device("cpu")
@@ -41,10 +45,14 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What torch was told; this process keeps its own threads."""
     told: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
-    monkeypatch.setattr(device, "num_cpus", lambda: 8)
     return told
+
+
+@pytest.fixture
+def other_kernels() -> Kernels:
+    """Kernels that are not torch's, as far as threads are concerned."""
+    return TorchKernels()
 
 
 def test_auto_is_the_cpu_without_cuda_and_says_nothing(host: Host, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,13 +117,27 @@ def test_an_explicit_dtype_wins_over_the_checkpoints(name: str) -> None:
     assert choose_dtype(EngineConfig(dtype=name), MODEL) == getattr(torch, name)
 
 
-@pytest.mark.parametrize(("ranks", "each"), [(1, 8), (2, 4), (3, 2), (9, 1)])
-def test_ranks_share_the_cores_and_each_has_one(threads: list[int], ranks: int, each: int) -> None:
-    set_threads(ranks)
-    assert threads == [each]
+def test_torch_has_the_ranks_threads_where_it_computes_and_else_one(threads: list[int], other_kernels: Kernels) -> None:
+    placement = Placement(5, None, 0.0)
+    set_torch_threads(placement, TORCH_KERNELS)
+    set_torch_threads(placement, other_kernels)
+    assert threads == [5, 1]
 
 
-def test_omp_num_threads_is_left_as_it_is(threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    set_threads(2)
-    assert threads == []
+def test_a_rank_stays_on_its_first_cpu_beside_its_pool_and_with_torch_on_all_of_them(other_kernels: Kernels) -> None:
+    allowed = sorted(os.sched_getaffinity(0))[:2]
+    placement = Placement(len(allowed), tuple(allowed), 0.0)
+
+    def affinity_after(kernels: Kernels) -> set[int]:
+        stay_on_cpus(placement, kernels)
+        return os.sched_getaffinity(0)  # of this thread, as what the function sets
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        assert one.submit(affinity_after, other_kernels).result() == {allowed[0]}
+        assert other.submit(affinity_after, TORCH_KERNELS).result() == set(allowed)
+
+
+def test_without_cpus_of_its_own_a_rank_runs_where_it_may() -> None:
+    before = os.sched_getaffinity(0)
+    stay_on_cpus(Placement(1, None, 0.0), TORCH_KERNELS)
+    assert os.sched_getaffinity(0) == before

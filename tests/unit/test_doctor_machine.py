@@ -45,7 +45,7 @@ def test_ranks_share_the_cores(tmp_path: Path) -> None:
     found = machine.cores(2, "cpu", write(tmp_path, {"cpu/smt/active": "0\n"}))
     assert found.status is OK
     assert "4 of" in found.detail
-    assert "SMT off; 2 rank(s) of 2 thread(s)" in found.detail
+    assert "SMT off: 4 core(s); rank 0: 2 threads; rank 1: 2 threads" in found.detail
 
 
 @pytest.mark.usefixtures("four_cores")
@@ -59,7 +59,7 @@ def test_more_threads_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     found = machine.cores(2, "cpu", tmp_path)
     assert found.status is WARNING
-    assert "2 rank(s) of 3 thread(s) (OMP_NUM_THREADS): more threads than cores" in found.detail
+    assert "rank 1: 3 threads (OMP_NUM_THREADS): more threads than cores" in found.detail
 
 
 @pytest.mark.parametrize(

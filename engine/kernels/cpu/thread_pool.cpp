@@ -21,7 +21,6 @@ void stay_on(int cpu) {
 
 ThreadPool::ThreadPool(int num_threads, const int* cpus, int64_t spin_ns)
     : spin_ns_(spin_ns), cpus_(cpus == nullptr ? std::vector<int>() : std::vector<int>(cpus, cpus + num_threads)) {
-  if (!cpus_.empty()) stay_on(cpus_[0]);
   for (int index = 1; index < num_threads; ++index) workers_.emplace_back([this, index] { work(index); });
 }
 

@@ -10,7 +10,8 @@
 class ThreadPool {
  public:
   // num_threads counts the caller of parallel_for, which works too. cpus: one for each thread, or null to leave them
-  // where they are. spin_ns: how long a thread without work looks for some before it sleeps.
+  // where they are; the caller sees to its own, which what it starts later inherits. spin_ns: how long a thread without
+  // work looks for some before it sleeps.
   ThreadPool(int num_threads, const int* cpus, int64_t spin_ns);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
