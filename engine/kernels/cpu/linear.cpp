@@ -1,9 +1,16 @@
 // y = x w^T + b on row-major weights [out_features, in_features], as they lie in the file.
 //
-// Each output is a dot product along K = in_features: lane l of an accumulator adds up the products k = l, l + kLanes, …
-// in this order, and the lanes are added in the order of sum_of_lanes. However rows and tokens are grouped, an output's
-// bits are the same: they depend on its row of w and its token alone.
+// Weights are read once for a block of tokens, in the order of memory: a tile of outputs (linear_tile.h) takes a few rows at a
+// time, passes over them once for each few tokens, and meanwhile the rows that come next are fetched. Tokens are copied
+// beforehand into the order in which tiles read them, a block at a time that stays in the second-level cache; each thread
+// does that for itself, which is cheaper than waiting for one another.
+#include "linear_tile.h"
+
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "export.h"
 #include "simd.h"
@@ -11,30 +18,159 @@
 
 namespace {
 
-constexpr int64_t kRowsPerChunk = 16;
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kTokens = 4;  // of the largest tile: 24 of 32 registers are accumulators
+#else
+constexpr int kRows = 3, kTokens = 4;  // 12 of 16
+#endif
+constexpr int64_t kChunkBytes = 96 << 10;   // of weights: what a thread claims at a time
+constexpr int64_t kAloneBytes = 64 << 10;   // below it, of all tokens' work: the calling thread computes alone
+constexpr int64_t kBlockBytes = 512 << 10;  // of packed tokens: half of the second-level cache
 
-template <class T>
-float dot(const T* w, const T* x, int64_t size) {
-  Vec sum = zero();
-  for (int64_t k = 0; k < size; k += kLanes) sum = fma(load(w + k, size - k), load(x + k, size - k), sum);
-  return sum_of_lanes(sum);
-}
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline void put(float* y, float value) { *y = value; }
-inline void put(bf16* y, float value) { store(y, broadcast(value), 1); }
+// Memory of one thread that stays with it from call to call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  void* reserve(int64_t num_bytes) {
+    if (num_bytes > size_) {
+      std::free(memory_);
+      size_ = divide_up(num_bytes, 4096) * 4096;
+      memory_ = std::aligned_alloc(4096, size_);
+      if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+template <class T, class Y>
+class Linear {
+  using A = Arithmetic<T>;
+  using Packed = typename A::Tokens;
+
+ public:
+  Linear(Y* y, const T* x, const T* w, const T* bias, int64_t num_tokens, int64_t out_features, int64_t in_features)
+      : y_(y), x_(x), w_(w), bias_(bias), num_tokens_(num_tokens), out_features_(out_features),
+        in_features_(in_features), num_steps_(divide_up(in_features, A::kStep)) {
+    const int64_t token_bytes = std::max<int64_t>(1, num_steps_ * sizeof(Packed));
+    block_tokens_ = std::max<int64_t>(1, kBlockBytes / token_bytes / kTokens) * kTokens;
+    const int64_t row_bytes = std::max<int64_t>(1, in_features * sizeof(T));
+    chunk_rows_ = std::max<int64_t>(1, kChunkBytes / row_bytes / kRows) * kRows;
+    if (num_tokens * out_features * row_bytes <= kAloneBytes) chunk_rows_ = out_features;
+    num_row_chunks_ = chunk_rows_ == 0 ? 0 : divide_up(out_features, chunk_rows_);
+    num_chunks_ = num_row_chunks_ * divide_up(num_tokens, block_tokens_);
+  }
+
+  void run(ThreadPool* pool) {
+    pool->parallel_for(std::min<int64_t>(pool->num_threads(), num_chunks_), [this](int64_t) { work(); });
+  }
+
+ private:
+  // What one thread does.
+  void work() {
+    const Packed* packed = nullptr;
+    int64_t packed_block = -1;
+    for (int64_t chunk = claim(); chunk < num_chunks_;) {
+      const int64_t block = chunk / num_row_chunks_;
+      const int64_t first_token = block * block_tokens_;
+      const int64_t num_tokens = std::min(block_tokens_, num_tokens_ - first_token);
+      if (block != packed_block) packed = pack(first_token, num_tokens);
+      packed_block = block;
+      chunk = compute(packed, chunk, first_token, num_tokens);
+    }
+  }
+
+  int64_t claim() { return next_chunk_.fetch_add(1, std::memory_order_relaxed); }
+
+  // Copies a block of tokens into the order in which tiles read them.
+  const Packed* pack(int64_t first_token, int64_t num_tokens) const {
+    auto* const packed = static_cast<Packed*>(scratch.reserve(num_tokens * num_steps_ * sizeof(Packed)));
+    Packed* out = packed;
+    for (int64_t token = 0; token < num_tokens; token += kTokens) {
+      const int64_t width = std::min<int64_t>(kTokens, num_tokens - token);
+      const T* const x = x_ + (first_token + token) * in_features_;
+      for (int64_t k = 0; k < in_features_; k += A::kStep) {
+        for (int64_t t = 0; t < width; ++t) *out++ = A::load_tokens(x + t * in_features_ + k, in_features_ - k);
+      }
+    }
+    return packed;
+  }
+
+  // Computes a chunk, and claims and returns the next one as soon as it is known where its weights can be fetched.
+  int64_t compute(const Packed* packed, int64_t chunk, int64_t first_token, int64_t num_tokens) {
+    int64_t next = -1;
+    const int64_t stop = std::min(out_features_, first_row(chunk) + chunk_rows_);
+    for (int64_t row = first_row(chunk), rows = 0; row < stop; row += rows) {
+      rows = row + kRows <= stop ? kRows : 1;
+      const T* following = w_ + (row + rows) * in_features_;
+      if (row + rows >= stop) {
+        next = claim();
+        following = next < num_chunks_ ? w_ + first_row(next) * in_features_ : nullptr;
+      }
+      if (rows == kRows) {
+        compute_rows<kRows>(packed, row, following, first_token, num_tokens);
+      } else {
+        compute_rows<1>(packed, row, following, first_token, num_tokens);
+      }
+    }
+    return next;
+  }
+
+  int64_t first_row(int64_t chunk) const { return chunk % num_row_chunks_ * chunk_rows_; }
+
+  template <int R>
+  void compute_rows(const Packed* packed, int64_t row, const T* following, int64_t first_token, int64_t num_tokens) {
+    const int64_t num_passes = divide_up(num_tokens, kTokens);
+    const int64_t num_lines = R * A::kStep * sizeof(T) / kLineBytes;  // of a step of a tile's rows
+    int64_t lines_left = following == nullptr ? 0 : num_lines;
+    for (int64_t pass = 0; pass < num_passes; ++pass) {
+      const int64_t lines = std::min(lines_left, divide_up(num_lines, num_passes));
+      const Packed* const x = packed + pass * kTokens * num_steps_;
+      const int64_t lines_before = (num_lines - lines_left) * num_steps_;
+      const char* const prefetch = reinterpret_cast<const char*>(following) + lines_before * kLineBytes;
+      const int64_t token = first_token + pass * kTokens;
+      switch (std::min<int64_t>(kTokens, num_tokens - pass * kTokens)) {
+        case 1: compute_tile<R, 1>(x, row, token, prefetch, lines); break;
+        case 2: compute_tile<R, 2>(x, row, token, prefetch, lines); break;
+        case 3: compute_tile<R, 3>(x, row, token, prefetch, lines); break;
+        default: compute_tile<R, kTokens>(x, row, token, prefetch, lines);
+      }
+      lines_left -= lines;
+    }
+  }
+
+  template <int R, int N>
+  void compute_tile(const Packed* x, int64_t row, int64_t token, const char* prefetch, int64_t num_lines) {
+    float sums[N * R + kLanes];  // a vector can be loaded from each
+    tile<T, R, N>(sums, w_ + row * in_features_, in_features_, x, in_features_, prefetch, static_cast<int>(num_lines));
+    for (int t = 0; t < N; ++t) {
+      Vec sum = load(sums + t * R, R);
+      if (bias_ != nullptr) sum = add(sum, load(bias_ + row, R));
+      store(y_ + (token + t) * out_features_ + row, sum, R);
+    }
+  }
+
+  Y* const y_;
+  const T* const x_;
+  const T* const w_;
+  const T* const bias_;
+  const int64_t num_tokens_, out_features_, in_features_, num_steps_;
+  int64_t block_tokens_, chunk_rows_, num_row_chunks_, num_chunks_;
+  std::atomic<int64_t> next_chunk_{0};
+};
 
 template <class T, class Y>
 void linear(ThreadPool* pool, Y* y, const T* x, const T* w, const T* bias, int64_t num_tokens, int64_t out_features,
             int64_t in_features) {
-  pool->parallel_for((out_features + kRowsPerChunk - 1) / kRowsPerChunk, [=](int64_t chunk) {
-    const int64_t stop = std::min(out_features, (chunk + 1) * kRowsPerChunk);
-    for (int64_t row = chunk * kRowsPerChunk; row < stop; ++row) {
-      for (int64_t token = 0; token < num_tokens; ++token) {
-        const float sum = dot(w + row * in_features, x + token * in_features, in_features);
-        put(y + token * out_features + row, bias == nullptr ? sum : sum + to_float(bias[row]));
-      }
-    }
-  });
+  Linear<T, Y>(y, x, w, bias, num_tokens, out_features, in_features).run(pool);
 }
 
 }  // namespace
