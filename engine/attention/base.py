@@ -1,5 +1,7 @@
 """The contract between a model's attention layers and whatever computes attention."""
 
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -9,7 +11,10 @@ from engine.attention.rotary import Rotation
 
 
 class KVCache(NamedTuple):
-    """One layer's paged keys and values on this rank, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+    """One layer's paged keys and values on this rank, each `[num_blocks, block_size, num_kv_heads, head_dim]`.
+
+    The order of the elements within a block is up to what computes attention.
+    """
 
     key: Tensor
     value: Tensor
@@ -20,13 +25,12 @@ class AttentionMetadata:
     """Where the tokens of one step lie. Sequences are packed one after the other, in batch order.
 
     Sequence i has the step's tokens `cu_seqlens_q[i] : cu_seqlens_q[i + 1]`; they are the last of its `seq_lens[i]`
-    tokens. Token p of sequence i lies in slot `block_tables[i, p // block_size] * block_size + p % block_size`.
+    tokens. Token p of sequence i is number `p % block_size` of block `block_tables[i][p // block_size]`.
     """
 
     cu_seqlens_q: list[int]  # num_seqs + 1
     seq_lens: list[int]  # num_seqs, the step's tokens included
-    block_tables: Tensor  # [num_seqs, max_num_blocks] int64, rows padded with 0
-    slot_mapping: Tensor  # [num_tokens] int64: where each of the step's tokens is written
+    block_tables: "list[array[int]]"  # num_seqs, of type "i", each at least as long as its sequence's tokens need
 
 
 class Attention(Protocol):
@@ -48,3 +52,6 @@ class Attention(Protocol):
             `[num_tokens, num_heads, head_dim]`.
         """
         ...
+
+
+AttentionBackend = Callable[[AttentionMetadata], Attention]  # makes what computes the attention of one step

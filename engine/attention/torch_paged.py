@@ -39,14 +39,15 @@ class PagedAttention:
     `engine.attention.base.Attention`.
 
     Args:
-        kv_caches: one a layer, all of the same shape.
+        kv_caches: one a layer, all of the same shape, elements in its order.
         metadata: the step.
     """
 
     def __init__(self, kv_caches: Sequence[KVCache], metadata: AttentionMetadata) -> None:
         self._kv_caches = kv_caches
-        self._slot_mapping = metadata.slot_mapping
+        self._device = kv_caches[0].key.device
         _, self._block_size, self._num_kv_heads, _ = kv_caches[0].key.shape
+        self._slot_mapping = self._slots_of_step(metadata)
         singles: dict[int, list[int]] = {}
         self._chunks: list[_Chunk] = []
         for i, (start, stop) in enumerate(pairwise(metadata.cu_seqlens_q)):
@@ -76,12 +77,20 @@ class PagedAttention:
         keys, values = (_gather(x, decodes.rows) for x in cache)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=decodes.visible).view_as(query)
 
+    def _slots_of_step(self, metadata: AttentionMetadata) -> Tensor:
+        """Return where each of the step's tokens is written, `[num_tokens]`: its slot, counted over all blocks."""
+        size, slots = self._block_size, []
+        for table, length, (start, stop) in zip(
+            metadata.block_tables, metadata.seq_lens, pairwise(metadata.cu_seqlens_q), strict=True
+        ):
+            slots += [table[p // size] * size + p % size for p in range(length - (stop - start), length)]
+        return self._tensor(slots)
+
     def _plan_decodes(self, metadata: AttentionMetadata, members: list[int]) -> _Decodes:
-        device = metadata.block_tables.device
-        seq_lens = torch.tensor([metadata.seq_lens[i] for i in members], device=device)
-        positions = torch.arange(max(metadata.seq_lens[i] for i in members), device=device)
+        seq_lens = self._tensor([metadata.seq_lens[i] for i in members])
+        positions = torch.arange(max(metadata.seq_lens[i] for i in members), device=self._device)
         return _Decodes(
-            tokens=torch.tensor([metadata.cu_seqlens_q[i] for i in members], device=device),
+            tokens=self._tensor([metadata.cu_seqlens_q[i] for i in members]),
             rows=self._rows(metadata, members),
             visible=(positions < seq_lens[:, None])[:, None, None],
         )
@@ -92,11 +101,15 @@ class PagedAttention:
         Behind a sequence's end its own last token is repeated: a slot that it never wrote may hold anything, even a
         NaN, which no mask would keep out of a sum.
         """
-        tables = metadata.block_tables[members]
-        last = torch.tensor([[metadata.seq_lens[i] - 1] for i in members], device=tables.device)
-        positions = torch.arange(max(metadata.seq_lens[i] for i in members), device=tables.device).minimum(last)
+        longest = max(len(metadata.block_tables[i]) for i in members)
+        tables = self._tensor([[*(table := metadata.block_tables[i]), *[0] * (longest - len(table))] for i in members])
+        last = self._tensor([[metadata.seq_lens[i] - 1] for i in members])
+        positions = torch.arange(max(metadata.seq_lens[i] for i in members), device=self._device).minimum(last)
         slots = tables.gather(1, positions // self._block_size) * self._block_size + positions % self._block_size
-        return slots[:, None] * self._num_kv_heads + torch.arange(self._num_kv_heads, device=tables.device)[:, None]
+        return slots[:, None] * self._num_kv_heads + torch.arange(self._num_kv_heads, device=self._device)[:, None]
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def _gather(cache: Tensor, rows: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class CPUKernels:
         self._logits = library.function("linear_f32" if dtype == torch.float32 else f"linear_{suffix}_f32")
         self._add_rms_norm = library.function(f"add_rms_norm_{suffix}")
         self._silu_mul = library.function(f"silu_mul_{suffix}")
+        self.paged_attention = library.function(f"paged_attention_{suffix}")  # for engine.attention.cpu_paged
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b; see `Kernels`."""

@@ -29,6 +29,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "int8_rows_bf16": (*[POINTER] * 4, *[SIZE] * 3),
     "add_rms_norm_f32": (*[POINTER] * 6, *[SIZE] * 2, c_float),
     "add_rms_norm_bf16": (*[POINTER] * 6, *[SIZE] * 2, c_float),
+    "paged_attention_f32": (*[POINTER] * 8,),
+    "paged_attention_bf16": (*[POINTER] * 8,),
     "silu_mul_f32": (*[POINTER] * 3, *[SIZE] * 2),
     "silu_mul_bf16": (*[POINTER] * 3, *[SIZE] * 2),
     "read_memory": (*[POINTER] * 3, SIZE),

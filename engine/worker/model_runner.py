@@ -1,5 +1,6 @@
 """Turns a scheduled step into tensors and runs this rank's shard on them."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
@@ -7,8 +8,7 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionMetadata, KVCache
-from engine.attention.torch_paged import PagedAttention
+from engine.attention.base import AttentionBackend, AttentionMetadata
 from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
 from engine.protocol.messages import ScheduledRow, ScheduledStep, TokenLogprobs
@@ -24,7 +24,7 @@ class _Sequence:
     """What a rank knows of a sequence, from the steps it has seen."""
 
     token_ids: list[int] = field(default_factory=list)
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: "array[int]" = field(default_factory=lambda: array("i"))
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,15 @@ class ModelRunner:
     def __init__(
         self,
         model: LlamaForCausalLM,
-        kv_caches: list[KVCache],
+        attention: AttentionBackend,
         group: CommunicationHandler,
         *,
-        block_size: int,
         vocab_size: int,
         device: torch.device,
     ) -> None:
         self._model = model
-        self._kv_caches = kv_caches
+        self._attention = attention
         self._group = group
-        self._block_size = block_size
         self._vocab_size = vocab_size
         self._device = device
         self._sequences: dict[str, _Sequence] = {}
@@ -63,8 +61,8 @@ class ModelRunner:
             self._sequences.pop(request_id, None)
         sequences = [self._update(row) for row in step.rows]
         token_ids, positions = self._inputs(step.rows, sequences)
-        metadata = self._metadata(step.rows, sequences, positions)
-        hidden = self._model(token_ids, positions, PagedAttention(self._kv_caches, metadata))
+        metadata = _metadata(step.rows, sequences)
+        hidden = self._model(token_ids, positions, self._attention(metadata))
         last = [end - 1 for end, row in zip(metadata.cu_seqlens_q[1:], step.rows, strict=True) if row.samples]
         return RunnerOutput(
             logits=self._gather_logits(hidden[last]) if last else None,
@@ -123,18 +121,13 @@ class ModelRunner:
             positions.extend(range(row.num_computed_tokens, stop))
         return self._tensor(token_ids), self._tensor(positions)
 
-    def _metadata(self, rows: list[ScheduledRow], sequences: list[_Sequence], positions: Tensor) -> AttentionMetadata:
-        counts = [row.num_scheduled_tokens for row in rows]
-        longest = max(len(sequence.block_ids) for sequence in sequences)
-        block_tables = self._tensor([s.block_ids + [0] * (longest - len(s.block_ids)) for s in sequences])
-        row_of_token = torch.repeat_interleave(self._tensor(counts))
-        blocks = block_tables[row_of_token, positions // self._block_size]
-        return AttentionMetadata(
-            cu_seqlens_q=[0, *accumulate(counts)],
-            seq_lens=[row.num_computed_tokens + row.num_scheduled_tokens for row in rows],
-            block_tables=block_tables,
-            slot_mapping=blocks * self._block_size + positions % self._block_size,
-        )
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+    def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _metadata(rows: list[ScheduledRow], sequences: list[_Sequence]) -> AttentionMetadata:
+    return AttentionMetadata(
+        cu_seqlens_q=[0, *accumulate(row.num_scheduled_tokens for row in rows)],
+        seq_lens=[row.num_computed_tokens + row.num_scheduled_tokens for row in rows],
+        block_tables=[sequence.block_ids for sequence in sequences],
+    )

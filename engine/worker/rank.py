@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import zmq
 
+from engine.attention.backends import attention_backend
 from engine.checkpoint.fingerprint import fingerprint
 from engine.checkpoint.loader import ModelLoadConfig
 from engine.checkpoint.mapped_memory import MappedMemory
@@ -198,9 +199,8 @@ def _make_loop(
     )
     runner = ModelRunner(
         shard.model,
-        kv_caches,
+        attention_backend(shard.kernels, kv_caches),
         group,
-        block_size=spec.engine.block_size,
         vocab_size=shard.config.vocab_size,
         device=shard.device,
     )

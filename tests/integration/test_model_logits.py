@@ -1,5 +1,6 @@
 """Logits of random checkpoints are transformers', however the model is split and its sequences are chunked."""
 
+from array import array
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -83,17 +84,10 @@ def paged_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
 
 def metadata_of(chunks: list[tuple[int, int, int]]) -> AttentionMetadata:
     """Describe a step of (sequence, start, stop); each sequence has `BLOCKS_EACH` blocks, in falling order."""
-    tables = torch.arange(len(LENGTHS) * BLOCKS_EACH).view(len(LENGTHS), BLOCKS_EACH).flip(1)
-    slots = [
-        int(tables[i, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
-        for i, first, last in chunks
-        for position in range(first, last)
-    ]
     return AttentionMetadata(
         cu_seqlens_q=[0, *accumulate(last - first for _, first, last in chunks)],
         seq_lens=[last for _, _, last in chunks],
-        block_tables=tables[[i for i, _, _ in chunks]],
-        slot_mapping=torch.tensor(slots),
+        block_tables=[array("i", range((i + 1) * BLOCKS_EACH - 1, i * BLOCKS_EACH - 1, -1)) for i, _, _ in chunks],
     )
 
 

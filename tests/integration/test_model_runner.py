@@ -3,11 +3,13 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.attention.torch_paged import PagedAttention
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
@@ -49,7 +51,7 @@ def runner(checkpoint: Path) -> ModelRunner:
         dtype=torch.float32,
         device=CPU,
     )
-    return ModelRunner(model, kv_caches, group, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, device=CPU)
+    return ModelRunner(model, partial(PagedAttention, kv_caches), group, vocab_size=VOCAB_SIZE, device=CPU)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Attention over pages gives what attention over whole sequences gives, however they are stored and chunked."""
 
 import random
+from array import array
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -65,19 +66,11 @@ def make_sequences(
     return sequences, sum(counts) + 3
 
 
-def metadata_of(chunks: list[tuple[Sequence, int, int]], block_size: int) -> AttentionMetadata:
-    longest = max(len(sequence.blocks) for sequence, _, _ in chunks)
+def metadata_of(chunks: list[tuple[Sequence, int, int]]) -> AttentionMetadata:
     return AttentionMetadata(
         cu_seqlens_q=[0, *accumulate(stop - start for _, start, stop in chunks)],
         seq_lens=[stop for _, _, stop in chunks],
-        block_tables=torch.tensor([s.blocks + [0] * (longest - len(s.blocks)) for s, _, _ in chunks]),
-        slot_mapping=torch.tensor(
-            [
-                sequence.blocks[p // block_size] * block_size + p % block_size
-                for sequence, start, stop in chunks
-                for p in range(start, stop)
-            ]
-        ),
+        block_tables=[array("i", sequence.blocks) for sequence, _, _ in chunks],
     )
 
 
@@ -86,12 +79,12 @@ def unturned(query: Tensor) -> Rotation:
     return Rotation(query.new_ones(len(query), 1, HEAD_DIM), query.new_zeros(len(query), 1, HEAD_DIM))
 
 
-def run_step(caches: list[KVCache], layer: int, chunks: list[tuple[Sequence, int, int]], block_size: int) -> Tensor:
+def run_step(caches: list[KVCache], layer: int, chunks: list[tuple[Sequence, int, int]]) -> Tensor:
     query, key, value = (
         torch.cat([getattr(sequence, name)[start:stop] for sequence, start, stop in chunks])
         for name in ("query", "key", "value")
     )
-    attend = PagedAttention(caches, metadata_of(chunks, block_size))
+    attend = PagedAttention(caches, metadata_of(chunks))
     return attend(layer, torch.cat((query, key, value), dim=1), unturned(query))
 
 
@@ -139,7 +132,7 @@ def test_chunks_and_decodes_in_one_batch_attend_to_their_own_sequence(
                 chunks.append((sequences[i], done[i], done[i] + steps[step]))
                 done[i] += steps[step]
         if chunks:
-            check(run_step(caches, 0, chunks, block_size), chunks)
+            check(run_step(caches, 0, chunks), chunks)
 
 
 def test_a_long_sequence_beside_short_ones_changes_neither() -> None:
@@ -147,9 +140,9 @@ def test_a_long_sequence_beside_short_ones_changes_neither() -> None:
     sequences, num_blocks = make_sequences(lengths, (4, 2), 16, seed=1)
     caches = poisoned_caches(num_blocks, 16, 2)
     prompts = [(sequence, 0, length - 1) for sequence, length in zip(sequences, lengths, strict=True) if length > 1]
-    run_step(caches, 0, prompts, 16)
+    run_step(caches, 0, prompts)
     decodes = [(sequence, length - 1, length) for sequence, length in zip(sequences, lengths, strict=True)]
-    check(run_step(caches, 0, decodes, 16), decodes)
+    check(run_step(caches, 0, decodes), decodes)
 
 
 def test_each_layer_has_its_own_cache() -> None:
@@ -159,13 +152,13 @@ def test_each_layer_has_its_own_cache() -> None:
     for stop in (6, 7):
         start = 0 if stop == 6 else 6
         for layer, sequence in enumerate((one, other)):
-            check(run_step(caches, layer, [(sequence, start, stop)], 4), [(sequence, start, stop)])
+            check(run_step(caches, layer, [(sequence, start, stop)]), [(sequence, start, stop)])
 
 
 def test_pages_of_other_sequences_are_left_alone() -> None:
     (sequence,), num_blocks = make_sequences([9], (2, 2), 4, seed=3)
     caches = poisoned_caches(num_blocks, 4, 2)
-    run_step(caches, 0, [(sequence, 0, 9)], 4)
+    run_step(caches, 0, [(sequence, 0, 9)])
     for cache, written in zip(caches[0], (sequence.key, sequence.value), strict=True):
         slots = [sequence.blocks[p // 4] * 4 + p % 4 for p in range(9)]
         assert torch.equal(cache.flatten(0, 1)[slots], written)
@@ -180,7 +173,7 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
     exact = converted(rounded, FLOAT64)
     tolerance = 8 * torch.finfo(dtype).eps
     for start, stop in ((0, 30), (30, 39), (39, 40)):
-        output = run_step(caches, 0, [(rounded, start, stop)], 16)
+        output = run_step(caches, 0, [(rounded, start, stop)])
         assert output.dtype == dtype
         reference = expected(exact, start, stop)
         assert (output.double() - reference).abs().max() <= tolerance * reference.abs().max()
