@@ -19,6 +19,7 @@ def banner(status: GroupStatus, spec: RankSpec, model: TextModel, url: str) -> s
         ("model", f"{model.name} ({spec.engine.model})"),
         *([("weights", f"{spec.weights} (shard cache)")] if spec.weights else []),
         *(("ranks" if index == 0 else "", rank) for index, rank in enumerate(ranks)),
+        ("kernels", status.kernels + (", batch-invariant" if spec.engine.batch_invariant else "")),
         ("memory", f"{memory} (all ranks)"),
         ("KV cache", f"{status.num_kv_blocks} blocks of {spec.engine.block_size} tokens on each rank"),
         ("context", f"{status.max_model_len} tokens"),

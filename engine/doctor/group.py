@@ -10,6 +10,9 @@ import zmq
 from engine.doctor.messages import RankReport
 from engine.doctor.rank import LARGE, SMALL
 from engine.doctor.subject import Subject
+from engine.kernels.cpu_kernels import DTYPES
+from engine.kernels.library import fastest_library
+from engine.kernels.torch_kernels import TORCH_KERNELS
 from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import SETTLE_SECONDS, diagnose
@@ -17,7 +20,7 @@ from engine.protocol.channel import Channel
 from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
 from engine.protocol.messages import Failed, Hello, Message
 from engine.protocol.units import format_bytes, format_seconds
-from engine.worker.device import num_cuda_devices
+from engine.worker.device import choose_dtype, num_cuda_devices
 
 SECTION = "ranks"
 RANK_COMMAND = (sys.executable, "-P", "-m", "engine.doctor.rank")
@@ -31,6 +34,7 @@ def checks(subject: Subject) -> list[Check]:
     return [
         Check(SECTION, "devices", lambda: _devices(subject)),
         Check(SECTION, "processes", lambda: _processes(subject)),
+        Check(SECTION, "kernels", lambda: _kernels(subject)),
         Check(SECTION, "all-reduce", lambda: _all_reduce(subject)),
         Check(SECTION, "memory bandwidth", lambda: _bandwidth(subject)),
     ]
@@ -120,6 +124,20 @@ def _hear(messages: list[Message], handshake: Handshake, reports: dict[int, Rank
             handshake.hear_hello(message)
         elif isinstance(message, RankReport):
             reports[message.rank] = message
+
+
+def _kernels(subject: Subject) -> Finding:
+    """Tell what the ranks would compute with, and why not with something faster."""
+    found = ", ".join(sorted({report.kernels for report in subject.all_reports()}))
+    if subject.engine.kernels != "auto" or found != TORCH_KERNELS.name or subject.device(0).type != "cpu":
+        return ok(f"{found}, batch-invariant" if subject.engine.batch_invariant else found)
+    if choose_dtype(subject.engine, subject.usable_model()) not in DTYPES:
+        return warning(f"{found}: the C++ kernels compute in float32 and bfloat16 only", "another --dtype is faster")
+    try:
+        fastest_library()
+    except OSError as error:
+        return warning(f"{found}, slower than C++: {error}", "with a C++ compiler, `make install` compiles the kernels")
+    return ok(found)
 
 
 def _all_reduce(subject: Subject) -> Finding:

@@ -25,3 +25,4 @@ class RankReport(Message, frozen=True):
     all_reduce_seconds: dict[int, list[float]]  # by size in bytes; empty for one rank
     read_bandwidth: float  # bytes a second from memory, all ranks at once: the median
     capacity: Capacity
+    kernels: str = ""  # what it would compute with: an instruction set, or torch

@@ -16,6 +16,7 @@ import zmq
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
 from engine.doctor.messages import Capacity, RankReport
+from engine.kernels.base import Kernels
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.protocol.channel import Channel
@@ -23,8 +24,10 @@ from engine.protocol.config import RankSpec
 from engine.protocol.messages import Failed
 from engine.protocol.model_config import ModelConfig
 from engine.worker import host, kv_tensors
-from engine.worker.device import choose_device, choose_dtype, choose_placement, ranks_on_host
+from engine.worker.device import choose_device, choose_dtype, choose_kernels, choose_placement, ranks_on_host
+from engine.worker.invariance import check_batch_invariance
 from engine.worker.parent import die_with_parent
+from engine.worker.placement import Placement
 from engine.worker.rank import hello
 
 JOIN_SECONDS = 60.0
@@ -68,6 +71,7 @@ def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
     group = ProcessGroupManager(device, timeout_seconds=JOIN_SECONDS).tensor_parallel
     group.barrier()
     joined = time.perf_counter() - began
+    kernels = _kernels(spec, device, placement, group)
     are_sums_right = _are_sums_right(group)
     times = {size: _all_reduce_seconds(group, size) for size in REPEATS} if group.world_size > 1 else {}
     capacity = _capacity(spec, group)
@@ -80,7 +84,17 @@ def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
         all_reduce_seconds=times,
         read_bandwidth=statistics.median(_read_bandwidths(group, BUFFER_BYTES)),
         capacity=capacity,
+        kernels=kernels.name,
     )
+
+
+def _kernels(spec: RankSpec, device: torch.device, placement: Placement, group: CommunicationHandler) -> Kernels:
+    """Choose what this rank would compute with, and check that it does what is asked of it."""
+    dtype = choose_dtype(spec.engine, ModelConfig.from_directory(spec.engine.model))
+    kernels = choose_kernels(spec.engine, device, dtype, placement)
+    if spec.engine.batch_invariant:
+        check_batch_invariance(device, dtype, kernels, group)
+    return kernels
 
 
 def _are_sums_right(group: CommunicationHandler) -> bool:

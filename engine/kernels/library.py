@@ -95,22 +95,31 @@ def find_library(instruction_set: str = "auto", directory: Path = DIRECTORY) -> 
     Raises:
         ValueError: naming the option, if another than `auto` cannot be had.
     """
-    usable = [item.name for item in usable_instruction_sets()]
-    if instruction_set != "auto":
-        if instruction_set not in usable:
-            raise ValueError(f"--kernels {instruction_set}: this machine has {', '.join(usable) or 'none of them'}")
+    if instruction_set == "auto":
         try:
-            return KernelLibrary(instruction_set, directory)
+            return fastest_library(directory)
         except OSError as error:
-            raise ValueError(f"--kernels {instruction_set}: {error}") from error
-    if not usable:
-        logger.warning("there are no C++ kernels for this machine, which has no AVX2: torch computes, slower")
-        return None
+            logger.warning("there are no C++ kernels, so torch computes, slower: %s", error)
+            return None
+    usable = [item.name for item in usable_instruction_sets()]
+    if instruction_set not in usable:
+        raise ValueError(f"--kernels {instruction_set}: this machine has {', '.join(usable) or 'none of them'}")
     try:
-        return KernelLibrary(usable[0], directory)
+        return KernelLibrary(instruction_set, directory)
     except OSError as error:
-        logger.warning("there are no C++ kernels, so torch computes, slower: %s", error)
-        return None
+        raise ValueError(f"--kernels {instruction_set}: {error}") from error
+
+
+def fastest_library(directory: Path = DIRECTORY) -> KernelLibrary:
+    """Return the kernels for the fastest instruction set that this machine has.
+
+    Raises:
+        OSError: if it has none, or they cannot be loaded.
+    """
+    usable = usable_instruction_sets()
+    if not usable:
+        raise OSError("this is no x86-64 with AVX2")
+    return KernelLibrary(usable[0].name, directory)
 
 
 def _check_whole(path: Path) -> None:

@@ -68,6 +68,11 @@ class Handshake:
         hellos = (self._hellos[rank] for rank in sorted(self._hellos))
         return [RankInfo(hello.rank, hello.pid, hello.host, hello.device, hello.threads) for hello in hellos]
 
+    @property
+    def kernels(self) -> str:
+        """What the ranks compute with, as they said."""
+        return ", ".join(sorted({ready.kernels for ready in self._readies.values()}))
+
     def memory(self, num_kv_blocks: int) -> dict[str, int]:
         """Return bytes by kind, summed over the ranks, with a cache of `num_kv_blocks` on each."""
         total: dict[str, int] = {}

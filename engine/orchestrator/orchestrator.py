@@ -160,6 +160,7 @@ class MultiGPUOrchestrator:
                 num_kv_blocks=start.num_kv_blocks,
                 memory=handshake.memory(start.num_kv_blocks),
                 service_cpus=cpus,
+                kernels=handshake.kernels,
             )
         )
 

@@ -73,6 +73,9 @@ class EngineConfig:
         "what computes on a CPU: C++ for an instruction set, or torch; auto takes the fastest that there is",
         choices=KERNELS,
     )
+    batch_invariant: bool = option(
+        False, "promise that a result does not depend on what else is in the batch, bit for bit; on CPU, in C++"
+    )
     max_model_len: int | None = option(
         None, "longest prompt plus completion in tokens; the model's, or what the KV cache can hold, when left out"
     )

@@ -213,6 +213,7 @@ class Ready(Message, frozen=True):
     num_kv_blocks: int  # as many as this rank can hold
     kv_block_bytes: int  # what each of them takes on this rank
     memory: dict[str, int]  # bytes by kind, as in RankStats
+    kernels: str = ""  # what it computes with: an instruction set, or torch
 
 
 class Failed(Message, frozen=True):
@@ -268,3 +269,4 @@ class GroupStatus(Message, frozen=True):
     loaded_bytes: int = 0  # STARTING: of all ranks' weights …
     total_bytes: int = 0  # STARTING: … of so many; 0 while nobody knows
     service_cpus: list[int] = []  # READY: where the server should run; none leaves that to the kernel
+    kernels: str = ""  # READY: what the ranks compute with

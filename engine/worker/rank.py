@@ -36,6 +36,7 @@ from engine.worker.device import (
     stay_on_cpus,
 )
 from engine.worker.follower import Follower
+from engine.worker.invariance import check_batch_invariance
 from engine.worker.leader import Leader
 from engine.worker.model_runner import ModelRunner
 from engine.worker.parent import die_with_parent
@@ -126,6 +127,8 @@ def _load(
     dtype = choose_dtype(spec.engine, config)
     model = build_model(config, group, device=device, dtype=dtype)
     kernels = choose_kernels(spec.engine, device, dtype, placement)
+    if spec.engine.batch_invariant:
+        check_batch_invariance(device, dtype, kernels, group)
     set_torch_threads(placement, kernels)
     use_kernels(model, kernels)
     distributor = ModelDistributor(group, _load_config(spec), LoadingReporter(control, spec.epoch, group.rank))
@@ -174,6 +177,7 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
             num_kv_blocks=num_kv_blocks,
             kv_block_bytes=kv_block_bytes,
             memory={"weights": shard.weight_bytes, **process_memory(shard.device)},
+            kernels=shard.kernels.name,
         )
     )
     start = control.receive()

@@ -13,6 +13,7 @@ from engine.doctor.subject import Subject
 from engine.protocol.checks import CheckEvent, CheckResult, CheckStatus, run_checks
 from engine.protocol.config import EngineConfig, RankSpec
 from engine.worker.device import num_cuda_devices
+from tests.kernels import usable_kernels
 
 OK, FAILURE, SKIPPED = CheckStatus.OK, CheckStatus.FAILURE, CheckStatus.SKIPPED
 
@@ -50,9 +51,22 @@ def test_ranks_meet_and_measure(run_dir: Path) -> None:
         assert report.capacity.weight_bytes == subject.reports[0].capacity.weight_bytes
     assert results["ranks: processes"].detail.startswith("2 ranks met in ")
     assert results["ranks: devices"].detail == "all ranks on the CPU"
+    assert results["ranks: kernels"].detail == usable_kernels()[0]
     assert "4.0 KiB in" in results["ranks: all-reduce"].detail
     assert "128 tokens of 1.5 KiB, 1.0 full contexts of 128" in results["capacity: KV cache"].detail
     assert FAILURE not in {result.status for result in results.values()}
+
+
+def test_batch_invariance_is_told_where_it_is_kept(run_dir: Path) -> None:
+    _, results = examined(run_dir, EngineConfig(device="cpu", kernels=usable_kernels()[0], batch_invariant=True))
+    assert results["ranks: kernels"].detail == f"{usable_kernels()[0]}, batch-invariant"
+    assert results["ranks: kernels"].status is OK
+
+
+def test_batch_invariance_that_cannot_be_kept_fails_in_servings_words(run_dir: Path) -> None:
+    _, results = examined(run_dir, EngineConfig(device="cpu", kernels="torch", batch_invariant=True))
+    assert results["ranks: processes"].status is FAILURE
+    assert results["ranks: processes"].detail.startswith("--batch-invariant needs the C++ kernels")
 
 
 def test_variables_of_another_launcher_change_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
