@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from engine.bench.figures import Figure, gigabytes, percent, runs_words, spread
 from engine.bench.load_messages import LoadSample
 from engine.protocol.units import format_bytes, format_seconds
 
@@ -13,21 +14,6 @@ Samples = tuple[LoadSample, ...]  # one of each rank, of one measurement
 SOURCES = {"distributed": "distributed checkpoint of {} ranks", "huggingface": "Hugging Face checkpoint"}
 LABEL_WIDTH = 31
 COLUMN_WIDTH = 40
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """What was measured again and again: one value a run."""
-
-    median: float
-    min: float
-    max: float
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Figure":
-        """Sum values up."""
-        return cls(median=statistics.median(values), min=min(values), max=max(values), values=tuple(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +67,7 @@ class LoadBenchmark:
         source = SOURCES[self.form].format(self.saved_tensor_parallel_size)
         yield f"{self.path}: {source}, loaded by {ranks} in {self.dtype}"
         sizes = ", ".join(format_bytes(size) for size in self.weight_bytes)
-        runs = "1 run" if self.runs == 1 else f"{self.runs} runs: median (least to most)"
-        yield f"weights of each rank: {sizes}; {runs}; times of the slowest rank"
+        yield f"weights of each rank: {sizes}; {runs_words(self.runs)}; times of the slowest rank"
 
     def _rows(self) -> Iterator[str]:
         phases = {"warm page cache": self.warm, **({"cold page cache": self.cold} if self.cold else {})}
@@ -143,36 +128,22 @@ def _line(label: str, cells: list[str]) -> str:
     return (f"{label:<{LABEL_WIDTH}}" + "".join(f"{cell:<{COLUMN_WIDTH}}" for cell in cells)).rstrip()
 
 
-def _spread(figure: Figure, show: Callable[[float], str]) -> str:
-    if len(figure.values) == 1:
-        return show(figure.median)
-    return f"{show(figure.median)} ({show(figure.min)} to {show(figure.max)})"
-
-
-def _gigabytes(rate: float) -> str:
-    return f"{rate / 1e9:.2f} GB/s"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
 def _sizes(sizes: tuple[int, ...] | None) -> str:
     return "not told by the system" if sizes is None else ", ".join(format_bytes(size) for size in sizes)
 
 
 _ROWS: dict[str, Callable[[Phase], str]] = {
-    "load() returned": lambda phase: _spread(phase.load_seconds, format_seconds),
-    "  of which metadata": lambda phase: _spread(phase.metadata_seconds, format_seconds),
-    "all weights touched": lambda phase: _spread(phase.touched_seconds, format_seconds),
-    "plain map touched": lambda phase: _spread(phase.plain_seconds, format_seconds),
-    "touch rate after load()": lambda phase: _spread(phase.touch_rate, _gigabytes),
-    "  of the plain loop's": lambda phase: _spread(phase.touch_share, _percent),
-    "rate with load()": lambda phase: _spread(phase.load_rate, _gigabytes),
-    "plain rate with mapping": lambda phase: _spread(phase.plain_rate, _gigabytes),
-    "  load of plain": lambda phase: _spread(phase.rate_share, _percent),
-    "memory beyond the weights": lambda phase: _spread(phase.memory_beyond_share, _percent),
-    "  at its peak": lambda phase: _spread(phase.peak_beyond_share, _percent),
+    "load() returned": lambda phase: spread(phase.load_seconds, format_seconds),
+    "  of which metadata": lambda phase: spread(phase.metadata_seconds, format_seconds),
+    "all weights touched": lambda phase: spread(phase.touched_seconds, format_seconds),
+    "plain map touched": lambda phase: spread(phase.plain_seconds, format_seconds),
+    "touch rate after load()": lambda phase: spread(phase.touch_rate, gigabytes),
+    "  of the plain loop's": lambda phase: spread(phase.touch_share, percent),
+    "rate with load()": lambda phase: spread(phase.load_rate, gigabytes),
+    "plain rate with mapping": lambda phase: spread(phase.plain_rate, gigabytes),
+    "  load of plain": lambda phase: spread(phase.rate_share, percent),
+    "memory beyond the weights": lambda phase: spread(phase.memory_beyond_share, percent),
+    "  at its peak": lambda phase: spread(phase.peak_beyond_share, percent),
     "read by each rank": lambda phase: _sizes(phase.bytes_read),
     "  from a disk": lambda phase: _sizes(phase.storage_bytes),
 }

@@ -1,13 +1,14 @@
 """What the command line hands to processes of the engine that are no ranks, as JSON in their one argument.
 
 python -m engine.checkpoint shard|inspect|verify|export JSON
-python -m engine.bench load JSON
+python -m engine.bench load|limits|decode JSON
 """
 
 from dataclasses import dataclass
 
-from engine.protocol.config import MODEL_DTYPES, check_options, option
+from engine.protocol.config import KERNELS, MODEL_DTYPES, check_options, option
 
+MOST_TOKENS = 2**20  # of a prompt or a batch that is measured
 SMALLEST_FILE = 2**20  # bytes; a limit below it is a slip of the pen
 
 
@@ -79,3 +80,50 @@ class BenchLoadCommand:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLimitsCommand:
+    """Measure what this machine allows: reading memory and multiplying matrices, by cores."""
+
+    runs: int = option(5, "times that each is measured, in turns")
+    json: bool = option(False, "write one JSON document instead of a table")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeCommand:
+    """Measure steps of a real engine beside what the machine allows."""
+
+    model: str
+    tensor_parallel_size: int = option(1, "ranks that the model is split over", short="-tp")
+    batch: tuple[str, ...] = option(("1", "8", "32"), "numbers of sequences that decode at once")
+    context: tuple[str, ...] = option(("256",), "tokens that each sequence has before it decodes")
+    prefill: tuple[str, ...] = option(("512",), "lengths of prompts that are computed alone")
+    steps: int = option(16, "decode steps of each run")
+    runs: int = option(3, "times that each is measured, in turns")
+    threads: int | None = option(None, "of each rank; the cores are divided over the ranks when left out")
+    compare: bool = option(False, "also measure one rank, with the threads of one of them and of all, in turns")
+    dtype: str = option("auto", "type of weights and arithmetic; auto takes the checkpoint's", choices=MODEL_DTYPES)
+    kernels: str = option("auto", "what computes on a CPU; auto takes the fastest that there is", choices=KERNELS)
+    json: bool = option(False, "write one JSON document instead of a table")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name in ("batch", "context", "prefill"):
+            self.numbers(name)
+        if self.compare and self.tensor_parallel_size == 1:
+            raise ValueError("--compare compares several ranks with one: give --tensor-parallel-size")
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Return an option's list as numbers.
+
+        Raises:
+            ValueError: naming the option, if it has something else.
+        """
+        words: tuple[str, ...] = getattr(self, name)
+        if not all(word.isdecimal() and 1 <= int(word) <= MOST_TOKENS for word in words):
+            raise ValueError(f"--{name} must be numbers between 1 and {MOST_TOKENS}, not {','.join(words)}")
+        return tuple(map(int, words))

@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 
 from engine.bench import random_checkpoint
+from engine.bench.figures import Figure
 from engine.bench.load import shares_of
 from engine.bench.load_messages import FileRange, LoadSample
-from engine.bench.load_report import Figure, LoadBenchmark, phase_of
+from engine.bench.load_report import LoadBenchmark, phase_of
 from engine.bench.page_cache import read_files, resident_share
 from engine.bench.random_checkpoint import write_random_checkpoint
 from engine.bench.shapes import raw_configs
