@@ -41,7 +41,9 @@ FINISH_REASONS = (*(reason.value for reason in FinishReason), ABORT)
 class _CollectiveTimes(Collector):
     """One histogram for each operation and rank, added up from deltas."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, text: str) -> None:
+        self._name = name
+        self._text = text
         self._counts: dict[tuple[str, int], list[int]] = {}
         self._sums: dict[tuple[str, int], float] = {}
 
@@ -52,9 +54,7 @@ class _CollectiveTimes(Collector):
         self._sums[key] = self._sums.get(key, 0.0) + delta.sum
 
     def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(
-            "ryzanstein_collective_seconds", "Time of one collective operation.", labels=("operation", "rank")
-        )
+        family = HistogramMetricFamily(self._name, self._text, labels=("operation", "rank"))
         bounds = [*(str(float(bound)) for bound in TIME_BUCKETS), "+Inf"]
         for (operation, rank), counts in sorted(self._counts.items()):
             cumulative, total = [], 0
@@ -70,8 +70,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._collectives = _CollectiveTimes()
+        self._collectives = _CollectiveTimes("ryzanstein_collective_seconds", "Time of one collective operation.")
+        self._collective_waiting = _CollectiveTimes(
+            "ryzanstein_collective_waiting_seconds",
+            "Of the time of one collective operation, the waiting for slower ranks; known of ranks that share memory.",
+        )
         self.registry.register(self._collectives)
+        self.registry.register(self._collective_waiting)
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds",
             "From a request's arrival, before its text is tokenized, to a sequence's first token.",
@@ -172,6 +177,8 @@ class Metrics:
             self._rank_memory.labels(rank=str(stats.rank), kind=kind).set(size)
         for operation, delta in stats.collectives.items():
             self._collectives.add(operation, stats.rank, delta)
+        for operation, delta in stats.waiting.items():
+            self._collective_waiting.add(operation, stats.rank, delta)
 
 
 def _loaded_ratio(status: GroupStatus) -> float:

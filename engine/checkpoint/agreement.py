@@ -14,8 +14,8 @@ from typing import Self
 import msgspec
 
 from engine.checkpoint.group_store import GroupStore, StoreLostError
-from engine.checkpoint.peers import Peers, identity
 from engine.communication.handler import CommunicationHandler
+from engine.communication.peers import Peers, identity
 
 PROCESSES = "ryzanstein/processes"  # keys that stay: of a rank that died between two agreements, too, it is known
 CHECK_INTERVAL = 0.1  # seconds between two looks at the store while loading

@@ -6,59 +6,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.communication.timing import CudaTimer, HostTimer, Timer
-from engine.protocol.messages import HistogramDelta
+from engine.communication.base import Collectives, CollectiveTimes
+from engine.communication.torch_collectives import TorchCollectives
 
 
 class CommunicationHandler:
-    """One rank's end of a group. Without a process group it is alone, and each collective returns its input at once.
+    """One rank's end of a group. Alone, without other ranks, each collective returns its input at once.
 
     All ranks of the group call the same collectives in the same order, with tensors of equal shape and dtype.
+
+    Args:
+        device: where this rank computes.
+        ranks: the group: torch's, or what `ProcessGroupManager` has found to be the fastest. None: there is one rank.
 
     Raises:
         RuntimeError: (any collective) when another rank is gone, or does not come within the group's time-out.
     """
 
-    def __init__(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, device: torch.device, ranks: dist.ProcessGroup | Collectives | None = None) -> None:
         self.device = device
-        self.rank = 0 if process_group is None else process_group.rank()
-        self.world_size = 1 if process_group is None else process_group.size()
-        self._group = process_group
-        self._timer: Timer = CudaTimer() if device.type == "cuda" else HostTimer()
+        self._collectives = TorchCollectives(device, ranks) if isinstance(ranks, dist.ProcessGroup) else ranks
+        self.rank = 0 if self._collectives is None else self._collectives.rank
+        self.world_size = 1 if self._collectives is None else self._collectives.world_size
 
     @property
     def store(self) -> Any:
         """What the ranks share beside collectives: texts by key. None where there is one rank."""
-        return None if self._group is None else self._group.get_group_store()
+        return None if self._collectives is None else self._collectives.store
+
+    @property
+    def carrier(self) -> str:
+        """What carries the bytes: "shared-memory", "gloo" or "nccl"; "none" where there is one rank."""
+        return "none" if self._collectives is None else self._collectives.name
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum the contiguous `tensor` over the ranks, in place, and return it."""
-        if self.world_size > 1:
-            self._timer.measure("all_reduce", lambda: dist.all_reduce(tensor, group=self._group))
+        if self._collectives is not None:
+            self._collectives.all_reduce(tensor)
         return tensor
 
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """Return every rank's tensor, concatenated along `dim` in rank order."""
-        if self.world_size == 1:
-            return tensor
-        source = tensor.contiguous()
-        parts = list(source.new_empty((self.world_size, *source.shape)).unbind())
-        self._timer.measure("all_gather", lambda: dist.all_gather(parts, source, group=self._group))
-        return torch.cat(parts, dim)
+        return tensor if self._collectives is None else self._collectives.all_gather(tensor, dim)
 
     def gather(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
         """Return every rank's tensor concatenated along `dim` on rank 0, and None on the others."""
-        if self.world_size == 1:
-            return tensor
-        source = tensor.contiguous()
-        parts = list(source.new_empty((self.world_size, *source.shape)).unbind()) if self.rank == 0 else None
-        self._timer.measure("gather", lambda: dist.gather(source, parts, group=self._group, group_dst=0))
-        return None if parts is None else torch.cat(parts, dim)
+        return tensor if self._collectives is None else self._collectives.gather(tensor, dim)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Overwrite the contiguous `tensor` with that of rank `source`, and return it."""
-        if self.world_size > 1:
-            self._timer.measure("broadcast", lambda: dist.broadcast(tensor, group=self._group, group_src=source))
+        if self._collectives is not None:
+            self._collectives.broadcast(tensor, source)
         return tensor
 
     def reduce_scatter(self, tensor: Tensor, dim: int = 0) -> Tensor:
@@ -67,17 +65,15 @@ class CommunicationHandler:
         Raises:
             ValueError: when the dimension is no multiple of the number of ranks.
         """
-        if self.world_size == 1:
+        if self._collectives is None:
             return tensor
-        runs = [run.contiguous() for run in self.split(tensor, dim)]
-        out = torch.empty_like(runs[self.rank])
-        self._timer.measure("reduce_scatter", lambda: dist.reduce_scatter(out, runs, group=self._group))
-        return out
+        self._check_split(tensor, dim)
+        return self._collectives.reduce_scatter(tensor, dim)
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        if self.world_size > 1:
-            self._timer.measure("barrier", lambda: dist.barrier(group=self._group))
+        if self._collectives is not None:
+            self._collectives.barrier()
 
     def split(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Return `world_size` equal views of `tensor` along `dim`: rank r's is the r-th.
@@ -85,10 +81,13 @@ class CommunicationHandler:
         Raises:
             ValueError: when the dimension is no multiple of the number of ranks.
         """
+        self._check_split(tensor, dim)
+        return tensor.tensor_split(self.world_size, dim)
+
+    def _check_split(self, tensor: Tensor, dim: int) -> None:
         size = tensor.shape[dim]
         if size % self.world_size:
             raise ValueError(f"dimension {dim} of size {size} cannot be split evenly over {self.world_size} ranks")
-        return tensor.tensor_split(self.world_size, dim)
 
     @classmethod
     def place(cls, rank: int, world_size: int, device: torch.device) -> "CommunicationHandler":
@@ -97,6 +96,11 @@ class CommunicationHandler:
         group.rank, group.world_size = rank, world_size
         return group
 
-    def take_deltas(self) -> dict[str, HistogramDelta]:
-        """Return the collectives' times in seconds since the last take, by operation, as `/metrics` adds them up."""
-        return self._timer.take_deltas()
+    def take_times(self) -> CollectiveTimes:
+        """Return the collectives' times since the last take."""
+        return CollectiveTimes({}, {}) if self._collectives is None else self._collectives.take_times()
+
+    def close(self) -> None:
+        """Leave the group; the other ranks' open collectives then fail. May be called twice."""
+        if self._collectives is not None:
+            self._collectives.close()

@@ -149,7 +149,7 @@ def all_reduce_times(reports: list[RankReport]) -> Finding:
     if len(reports) == 1:
         return skipped("one rank has nobody to wait for")
     small, large = ([seconds for report in reports for seconds in report.all_reduce_seconds[n]] for n in (SMALL, LARGE))
-    found = f"{_times(SMALL, small)}; {_times(LARGE, large)}"
+    found = f"{reports[0].carrier}: {_times(SMALL, small)}; {_times(LARGE, large)}"
     if statistics.median(large) > SLOW_ALL_REDUCE:
         return warning(
             f"{found}: more than {format_seconds(SLOW_ALL_REDUCE)}",

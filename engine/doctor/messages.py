@@ -26,3 +26,4 @@ class RankReport(Message, frozen=True):
     read_bandwidth: float  # bytes a second from memory, all ranks at once: the median
     capacity: Capacity
     kernels: str = ""  # what it would compute with: an instruction set, or torch
+    carrier: str = ""  # of collectives: see `CommunicationHandler.carrier`

@@ -68,7 +68,9 @@ def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
     torch.set_num_threads(placement.num_threads)
     control.send(hello(spec, rank, device, placement))
     began = time.perf_counter()
-    group = ProcessGroupManager(device, timeout_seconds=JOIN_SECONDS).tensor_parallel
+    group = ProcessGroupManager(
+        device, timeout_seconds=JOIN_SECONDS, collectives=spec.engine.collectives
+    ).tensor_parallel
     group.barrier()
     joined = time.perf_counter() - began
     kernels = _kernels(spec, device, placement, group)
@@ -85,6 +87,7 @@ def _measure(spec: RankSpec, rank: int, control: Channel) -> RankReport:
         read_bandwidth=statistics.median(_read_bandwidths(group, BUFFER_BYTES)),
         capacity=capacity,
         kernels=kernels.name,
+        carrier=group.carrier,
     )
 
 

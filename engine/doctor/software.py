@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
+from engine.communication.meeting import load_library
 from engine.protocol.checks import Check, Finding, failure, ok, warning
 from engine.protocol.config import EngineConfig
 from engine.protocol.units import format_bytes
@@ -136,13 +137,31 @@ def unused_driver(found: str, cuda_build: str | None, reasons: list[str]) -> Fin
 
 
 def _collectives(engine: EngineConfig) -> Finding:
-    libraries = {"gloo": "", "NCCL": ""}
+    libraries = {"shared memory": "", "gloo": "", "NCCL": ""}
+    if load_library()[0] is not None:
+        libraries["shared memory"] = "shared memory"
     if dist.is_gloo_available():
         libraries["gloo"] = "gloo"
     if dist.is_nccl_available():
         libraries["NCCL"] = f"NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"  # type: ignore[no-untyped-call]
     found = ", ".join(text for text in libraries.values() if text) or "none"
-    needed = "NCCL" if num_cuda_devices() >= engine.tensor_parallel_size and engine.device != "cpu" else "gloo"
-    if engine.tensor_parallel_size > 1 and not libraries[needed]:
-        return failure(f"{found}; ranks need {needed}, which this torch was built without", "install another build")
-    return ok(f"{found} (needed here: {needed if engine.tensor_parallel_size > 1 else 'none, with one rank'})")
+    if engine.tensor_parallel_size == 1:
+        return ok(f"{found} (needed here: none, with one rank)")
+    needed = _carriers(engine)
+    if not any(libraries[carrier] for carrier in needed):
+        hint = (
+            "install another build of torch"
+            if needed != ("shared memory",)
+            else "install a C++ compiler, and then this"
+        )
+        return failure(f"{found}; ranks need {' or '.join(needed)}", hint)
+    return ok(f"{found} (needed here: {' or '.join(needed)})")
+
+
+def _carriers(engine: EngineConfig) -> tuple[str, ...]:
+    """Return what ranks may use, the first that there is."""
+    if engine.device != "cpu" and num_cuda_devices() >= engine.tensor_parallel_size:
+        return ("NCCL",)
+    return {"shared-memory": ("shared memory",), "gloo": ("gloo",), "auto": ("shared memory", "gloo")}[
+        engine.collectives
+    ]

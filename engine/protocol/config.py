@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+COLLECTIVES = ("auto", "shared-memory", "gloo")
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
@@ -75,6 +76,11 @@ class EngineConfig:
     )
     batch_invariant: bool = option(
         False, "promise that a result does not depend on what else is in the batch, bit for bit; on CPU, in C++"
+    )
+    collectives: str = option(
+        "auto",
+        "how ranks on CPUs add up: in memory that they share, or by gloo; auto shares memory where it can",
+        choices=COLLECTIVES,
     )
     max_model_len: int | None = option(
         None, "longest prompt plus completion in tokens; the model's, or what the KV cache can hold, when left out"

@@ -160,6 +160,7 @@ class RankStats(Message, frozen=True):
     rank: int
     collectives: dict[str, HistogramDelta]  # by operation: all_reduce, gather, … seconds
     memory: dict[str, int]  # by kind: resident, weights, weights_resident, kv_cache, device_allocated
+    waiting: dict[str, HistogramDelta] = {}  # of `collectives`, the time for slower ranks, where that is known
 
 
 class SchedulerStats(Part, frozen=True):

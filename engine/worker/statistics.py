@@ -40,11 +40,13 @@ class RankStatistics:
         """Return the deltas since the last report."""
         self._last = time.monotonic()
         self._has_news = False
+        times = self._group.take_times()
         return RankStats(
             epoch=self._epoch,
             rank=self._group.rank,
-            collectives=self._group.take_deltas(),
+            collectives=times.whole,
             memory={**self._fixed_memory, **self._resident_weights(), **process_memory(self._group.device)},
+            waiting=times.waiting,
         )
 
     def _resident_weights(self) -> dict[str, int]:

@@ -228,7 +228,13 @@ def test_prometheus_can_read_the_metrics(server: RunningServer) -> None:
 
 def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
     counts = [1, *[0] * (len(TIME_BUCKETS) - 1), 2]
-    stats = RankStats(1, 1, {"all_reduce": HistogramDelta(counts, 25.0)}, {"resident": 1000})
+    stats = RankStats(
+        1,
+        1,
+        {"all_reduce": HistogramDelta(counts, 25.0)},
+        {"resident": 1000},
+        {"all_reduce": HistogramDelta(counts, 5.0)},
+    )
     scheduler = SchedulerStats(
         num_running=3,
         num_waiting=2,
@@ -248,6 +254,8 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
     assert metric(server, f"collective_seconds_sum{{{labels}}}") == 50
     assert metric(server, f'collective_seconds_bucket{{le="5e-06",{labels}}}') == 2
     assert metric(server, f'collective_seconds_bucket{{le="10.0",{labels}}}') == 2
+    assert metric(server, f"collective_waiting_seconds_count{{{labels}}}") == 6
+    assert metric(server, f"collective_waiting_seconds_sum{{{labels}}}") == 10
     assert metric(server, 'rank_memory_bytes{kind="resident",rank="1"}') == 1000
     assert metric(server, "num_preemptions_total") == 2
     assert metric(server, "integrity_checks_total") == 2

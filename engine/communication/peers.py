@@ -9,14 +9,14 @@ import msgspec
 
 def identity() -> bytes:
     """Return what another rank needs to watch this process."""
-    return msgspec.json.encode([_machine(), os.getpid()])
+    return msgspec.json.encode([machine(), os.getpid()])
 
 
 class Peers:
     """Knows which of the ranks on this machine have ended."""
 
     def __init__(self) -> None:
-        self._machine = _machine()
+        self._machine = machine()
         self._descriptors: dict[int, int] = {}
         self._ended: set[int] = set()
 
@@ -55,7 +55,7 @@ class Peers:
         return {rank for rank, descriptor in descriptors.items() if descriptor in ready}
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return what tells processes apart that this one can see from those that it cannot."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

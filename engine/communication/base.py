@@ -1,0 +1,63 @@
+"""The contract between a rank's handler and whatever carries bytes between the ranks."""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from engine.protocol.messages import HistogramDelta
+
+
+class CollectiveTimes(NamedTuple):
+    """Histograms in seconds since the last take, by operation, as `/metrics` adds them up."""
+
+    whole: dict[str, HistogramDelta]
+    waiting: dict[str, HistogramDelta]  # of these, for slower ranks; none where that is not known
+
+
+class Collectives(Protocol):
+    """Several ranks, of which this process is one. See `engine.communication.handler` for what the operations do.
+
+    Raises:
+        RuntimeError: (any collective) when another rank is gone, or does not come within the group's time-out.
+    """
+
+    name: str  # of what carries the bytes: "gloo", "nccl", "shared-memory"
+    rank: int
+    world_size: int
+
+    @property
+    def store(self) -> Any:
+        """Return what the ranks share beside collectives: texts by key."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a contiguous tensor over the ranks, in place."""
+        ...
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return every rank's tensor, concatenated along `dim` in rank order."""
+        ...
+
+    def gather(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """Return the same on rank 0, and None on the others."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a contiguous tensor with that of rank `source`."""
+        ...
+
+    def reduce_scatter(self, tensor: Tensor, dim: int) -> Tensor:
+        """Sum a tensor over the ranks and return this rank's of `world_size` equal runs along `dim`."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def take_times(self) -> CollectiveTimes:
+        """Return the collectives' times since the last take."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group; the other ranks' open collectives then fail."""
+        ...
