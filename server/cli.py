@@ -18,6 +18,7 @@ from server.bench_commands import add_bench_commands
 from server.checkpoint_commands import add_checkpoint_commands
 from server.config import ServerConfig
 from server.credentials import Credentials
+from server.early_engine import EarlyEngine
 from server.launch import EngineProcess
 from server.limits import RequestLimits
 from server.listener import listen
@@ -67,11 +68,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=38, width=110)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+def main(arguments: Sequence[str] | None = None, engine: EarlyEngine | None = None) -> int:
+    """Run the command line, `serve` with an engine that was started already if there is one; return the exit code."""
     on_stop_signal(unwind)  # until the server waits for signals
     try:
         namespace = _parse(arguments)
+        namespace.early_engine = engine
         raise_open_files_limit()
         code: int = namespace.run(namespace)
         return code
@@ -169,8 +171,8 @@ def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> 
     return build(EngineConfig, engine_options, *sources), build(ServerConfig, server_options, *sources)
 
 
-def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) -> int:
-    """Check what is cheap to check, start the engine, and import and build the server while it loads."""
+def _serve(engine: EngineConfig, server: ServerConfig, namespace: argparse.Namespace) -> int:
+    """Check what is cheap to check, tell the engine, and import and build the server while it loads."""
     configure_logging(server.log_level)
     check_open_files()
     credentials = Credentials.load(server)
@@ -182,7 +184,7 @@ def _serve(engine: EngineConfig, server: ServerConfig, _: argparse.Namespace) ->
         weights = ShardedWeights(find_entry(Path(engine.model), engine, model_config, server))
         ending.callback(weights.close)
         with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it
-            process = EngineProcess(engine, weights=weights.directory)
+            process = EngineProcess(engine, weights=weights.directory, early=namespace.early_engine)
             ending.callback(process.stop)
         # FastAPI takes half a second to import, which the ranks use to import torch.
         from server.run import run  # noqa: PLC0415

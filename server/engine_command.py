@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
-from server.launch import engine_environment
+from server.environment import engine_environment
 from server.options import Option, add_options, build, from_command_line, options_of
 from server.signals import STOP_SIGNALS, StopRequested
 

@@ -1,4 +1,4 @@
-"""The orchestrator's process: started before anything slow is imported, and certainly ended."""
+"""The engine's process: told what to run, and certainly ended."""
 
 import contextlib
 import os
@@ -14,11 +14,10 @@ from typing import IO
 import msgspec
 
 from engine.protocol.config import EngineConfig, RankSpec
-from server.options import ENVIRONMENT_PREFIX
+from server.early_engine import ORCHESTRATOR, EarlyEngine
+from server.environment import engine_environment
 
-ORCHESTRATOR = (sys.executable, "-P", "-m", "engine.orchestrator")
 LONGEST_RUN_DIR = 70  # bytes; the sockets in it have names, and their paths end at 107
-HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")  # that its library reads
 STOP_SECONDS = 2.5  # for an orderly end, before everything is killed
 
 
@@ -34,11 +33,13 @@ class EngineProcess:
         command: Sequence[str] = ORCHESTRATOR,
         *,
         weights: Path | None = None,
+        early: EarlyEngine | None = None,
         stdout: int | IO[str] | None = None,
     ) -> None:
         """Start `command`, with the path of the spec appended; its standard output goes where errors go, or `stdout`.
 
-        The ranks read the weights in directory `weights`, or in the model's own.
+        An orchestrator that was started `early` is told the path instead. The ranks read the weights in directory
+        `weights`, or in the model's own.
 
         Raises:
             ValueError: if no folder for its sockets can be made.
@@ -49,16 +50,23 @@ class EngineProcess:
             engine=engine, epoch=1, run_dir=str(self.run_dir), weights="" if weights is None else str(weights)
         )
         try:
-            self._process = self._start(command, sys.stderr if stdout is None else stdout)
+            spec_path = self._write_spec()
+            if early is None:
+                self._process = self._start([*command, str(spec_path)], sys.stderr if stdout is None else stdout)
+            else:
+                self._process = early.tell(spec_path)
         except BaseException:
             shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
 
+    def _write_spec(self) -> Path:
+        path = self.run_dir / "spec.json"
+        path.write_bytes(msgspec.json.encode(self.spec))
+        return path
+
     def _start(self, command: Sequence[str], stdout: int | IO[str]) -> "subprocess.Popen[bytes]":
-        spec_path = self.run_dir / "spec.json"
-        spec_path.write_bytes(msgspec.json.encode(self.spec))
         return subprocess.Popen(
-            [*command, str(spec_path)],
+            command,
             env=engine_environment(),
             stdin=subprocess.PIPE,
             stdout=stdout,
@@ -94,16 +102,6 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         shutil.rmtree(self.run_dir, ignore_errors=True)
-
-
-def inherited_environment() -> dict[str, str]:
-    """Return ours without options: processes that are started here are told theirs, and the server's hold secrets."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
-
-
-def engine_environment() -> dict[str, str]:
-    """Return `inherited_environment` without what only a download needs to know."""
-    return {name: value for name, value in inherited_environment().items() if name not in HUB_SECRETS}
 
 
 def _make_run_dir() -> Path:

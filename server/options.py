@@ -15,8 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from engine.protocol.units import format_bytes
+from server.environment import ENVIRONMENT_PREFIX
 
-ENVIRONMENT_PREFIX = "RYZANSTEIN_"
 SIZE_UNITS = {"": 1, "b": 1} | {
     letter + suffix: base**power
     for power, letter in enumerate("kmgt", start=1)

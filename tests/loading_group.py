@@ -11,13 +11,18 @@ stands still with one byte to go, and is silent, until another file comes.
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import zmq
 
+from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
@@ -64,7 +69,11 @@ def load(control: Channel, epoch: int, rank: int) -> None:
 
 def serve(arguments: list[str]) -> int:
     start = EngineProcess._start
-    EngineProcess._start = lambda self, _, stdout: start(self, COMMAND, stdout)  # type: ignore[method-assign, assignment]
+
+    def start_this(self: EngineProcess, command: Sequence[str], stdout: int | IO[str]) -> "subprocess.Popen[bytes]":
+        return start(self, [*COMMAND, command[-1]], stdout)
+
+    EngineProcess._start = start_this  # type: ignore[method-assign]
     return cli.main(["serve", *arguments])
 
 
@@ -75,5 +84,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--rank":
         be_rank(spec, int(os.environ["RANK"]))
     else:
-        command = (*COMMAND, "--rank")
-        sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), rank_command=command).run())
+        ranks = partial(RankProcesses, command=(*COMMAND, "--rank"))
+        sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), start_ranks=ranks).run())

@@ -1,13 +1,32 @@
-"""`python -m engine.orchestrator SPEC`: run a rank group until standard input ends or SIGTERM comes."""
+"""`python -m engine.orchestrator [SPEC]`: run a rank group until standard input ends or SIGTERM comes.
 
+Without SPEC, standard input first says where that is, in a line: the first rank imports torch meanwhile.
+"""
+
+import contextlib
+import os
 import sys
 from pathlib import Path
 
-import msgspec
+from engine.orchestrator.launcher import ForkedRanks
 
-from engine.orchestrator.orchestrator import MultiGPUOrchestrator
-from engine.protocol.config import RankSpec
+
+def main(ranks: ForkedRanks) -> int:
+    """Return the exit code."""
+    import msgspec  # noqa: PLC0415
+
+    from engine.orchestrator.orchestrator import MultiGPUOrchestrator  # noqa: PLC0415  (takes long)
+    from engine.protocol.config import RankSpec  # noqa: PLC0415
+
+    path = sys.argv[1] if len(sys.argv) > 1 else os.fsdecode(os.read(0, 4096)).removesuffix("\n")
+    if not path:
+        return 0
+    spec = msgspec.json.decode(Path(path).read_bytes(), type=RankSpec)
+    return MultiGPUOrchestrator(spec, spec_path=Path(path), start_ranks=ranks.start).run()
+
 
 if __name__ == "__main__":
-    spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=RankSpec)
-    sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[1])).run())
+    with contextlib.ExitStack() as ending:
+        ranks = ForkedRanks()
+        ending.callback(ranks.kill)
+        sys.exit(main(ranks))

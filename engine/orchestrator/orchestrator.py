@@ -7,13 +7,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
 
 from engine.orchestrator.handshake import Handshake, HandshakeError
-from engine.orchestrator.launcher import RANK_COMMAND, RankProcesses, describe_exit
+from engine.orchestrator.launcher import Ranks, describe_exit
 from engine.orchestrator.loading import LoadingProgress
 from engine.protocol.affinity import keep_process_on
 from engine.protocol.channel import Channel
@@ -35,13 +35,13 @@ class MultiGPUOrchestrator:
     Args:
         spec: what to run.
         spec_path: the file that holds it, for the ranks.
-        rank_command: starts a rank when the file's path is appended.
+        start_ranks: starts as many ranks as it is told, of what the file at a path says.
     """
 
-    def __init__(self, spec: RankSpec, *, spec_path: Path, rank_command: Sequence[str] = RANK_COMMAND) -> None:
+    def __init__(self, spec: RankSpec, *, spec_path: Path, start_ranks: Callable[[Path, int], Ranks]) -> None:
         self._spec = spec
         self._spec_path = spec_path
-        self._rank_command = rank_command
+        self._start_ranks = start_ranks
         self._world_size = spec.engine.tensor_parallel_size
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = Channel(self._context, None)
@@ -60,12 +60,12 @@ class MultiGPUOrchestrator:
         for rank, control in enumerate(self._controls):
             control.bind(self._spec.control_endpoint(rank))
             self._poller.register(control.socket, zmq.POLLIN)
-        ranks: RankProcesses | None = None
+        ranks: Ranks | None = None
         try:
             config = ModelConfig.from_directory(self._spec.engine.model)
             config.check_tensor_parallel_size(self._world_size)
             config.check_max_model_len(self._spec.engine.max_model_len)
-            ranks = RankProcesses(self._spec_path, self._world_size, self._rank_command)
+            ranks = self._start_ranks(self._spec_path, self._world_size)
             return self._run_group(ranks, Handshake(self._spec.engine, config, self._spec.epoch), wakeup)
         except ValueError as error:
             return self._fail(str(error), True)
@@ -76,7 +76,7 @@ class MultiGPUOrchestrator:
                 ranks.kill()
             self._close()
 
-    def _run_group(self, ranks: RankProcesses, handshake: Handshake, wakeup: socket.socket) -> int:
+    def _run_group(self, ranks: Ranks, handshake: Handshake, wakeup: socket.socket) -> int:
         self._report_starting(handshake)
         while not self._is_asked_to_stop(wakeup, self._seconds_until_report(handshake)):
             messages = self._take_messages()
@@ -197,7 +197,7 @@ class MultiGPUOrchestrator:
         self._context.term()
 
 
-def diagnose(messages: list[Message], ranks: RankProcesses) -> tuple[str, bool]:
+def diagnose(messages: list[Message], ranks: Ranks) -> tuple[str, bool]:
     """Return the likeliest first cause of a group's end, and whether it is the user's to mend.
 
     A mistake of the user explains everything; a rank that a signal ended explains why the others lost a peer.

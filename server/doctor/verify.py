@@ -25,7 +25,8 @@ from engine.protocol.messages import (
     TokenOutput,
 )
 from engine.protocol.model_config import ModelConfig
-from server.launch import ORCHESTRATOR, EngineProcess
+from server.early_engine import ORCHESTRATOR
+from server.launch import EngineProcess
 from server.signals import stop_signals_delayed
 
 SECTION = "verify"

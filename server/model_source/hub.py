@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from server.launch import inherited_environment
+from server.environment import inherited_environment
 from server.model_source.config import ModelSourceConfig
 from server.model_source.hub_messages import (
     HubDescribed,

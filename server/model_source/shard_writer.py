@@ -12,7 +12,7 @@ import msgspec
 
 from engine.protocol.commands import ShardCommand
 from engine.protocol.environment import PARENT_PID_VARIABLE
-from server.launch import engine_environment
+from server.environment import engine_environment
 
 WRITER = (sys.executable, "-P", "-m", "engine.checkpoint", "shard")
 LOWEST_PRIORITY = 19

@@ -4,17 +4,19 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
 from engine.protocol.messages import Hello, Ready, Start
 
-RANK_COMMAND = (sys.executable, "-m", "tests.fault.scripted_group", "--rank")
+START_RANKS = partial(RankProcesses, command=(sys.executable, "-m", "tests.fault.scripted_group", "--rank"))
 
 
 def be_rank(spec: RankSpec, rank: int) -> None:
@@ -40,4 +42,4 @@ if __name__ == "__main__":
     if "--rank" in sys.argv:
         be_rank(spec, int(os.environ["RANK"]))
     else:
-        sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), rank_command=RANK_COMMAND).run())
+        sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), start_ranks=START_RANKS).run())

@@ -1,17 +1,19 @@
 """An orchestrator whose ranks, where there are several, forget to sum: what a split model says is then wrong."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
 from engine.communication.handler import CommunicationHandler
+from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.config import RankSpec
 from engine.worker.rank import run_rank
 
-RANK_COMMAND = (sys.executable, "-m", "tests.fault.wrong_sums_group", "--rank")
+START_RANKS = partial(RankProcesses, command=(sys.executable, "-m", "tests.fault.wrong_sums_group", "--rank"))
 
 
 def forget_to_sum(_: CommunicationHandler, tensor: Tensor) -> Tensor:
@@ -23,4 +25,4 @@ if __name__ == "__main__":
     if "--rank" in sys.argv:
         CommunicationHandler.all_reduce = forget_to_sum  # type: ignore[method-assign, assignment]
         sys.exit(run_rank(spec))
-    sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), rank_command=RANK_COMMAND).run())
+    sys.exit(MultiGPUOrchestrator(spec, spec_path=Path(sys.argv[-1]), start_ranks=START_RANKS).run())

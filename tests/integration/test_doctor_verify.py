@@ -12,7 +12,7 @@ from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
 from engine.protocol.model_config import ModelConfig
 from engine.worker import host
 from server.doctor import verify
-from server.launch import ORCHESTRATOR
+from server.early_engine import ORCHESTRATOR
 from tests.checkpoints import random_llama
 
 OK, WARNING, FAILURE, SKIPPED = CheckStatus.OK, CheckStatus.WARNING, CheckStatus.FAILURE, CheckStatus.SKIPPED
