@@ -9,12 +9,14 @@ A row whose temperature is 0 takes its largest logit. Any other row is filtered,
     token = argmax over what is kept of s_i + g_i                  Gumbel-max: a draw from softmax(s)
 
 with g_i from `engine.sampling.philox`, a function of (seed, choice, position, token id) alone. Ties are decided for the
-lower token id everywhere. The mass that top_p adds up is held in integers, so a row's result depends neither on the
-order of summation nor on the other rows.
+lower token id everywhere. The mass that top_p adds up is exp(s) in integers, and made by operations that every device
+rounds alike, so a row's result depends neither on the order of summation, nor on the device, nor on the other rows:
+
+    n = round(s log2(e))      r = s - n log(2)      exp(s) = 2^n (1 + r + r^2 / 2! + … + r^7 / 7!)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +30,19 @@ from engine.sampling.vocabulary import chunks, largest, rows_per_pass, to_index
 NUM_CANDIDATES = 1024
 # exp(s) = 1 as an integer: the sum over a vocabulary of 2^20 still fits an int64.
 MASS_ONE = 2.0**42
+MASSLESS = -40.0  # exp(s) is 0 as an integer for this score and all below it
+LOG2_E = 1.4426950216293335  # log2(e) as a float32, and log(2) in two of them: n times the first has no rounding error
+LOG_2 = (0.693359375, -0.00021219444170128554)
 NOT_FINITE, ALL_EXCLUDED = -1, -2  # instead of a token
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 class SamplingError(ValueError):
     """No token can be drawn for a row: its logits hold NaN or +inf, or nothing but -inf."""
+
+
+# What `sample` is, and whatever else draws the same tokens.
+Sampler = Callable[[Tensor, Sequence[SamplingParams], Sequence[int]], list[int | SamplingError]]
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | SamplingError]:
@@ -52,10 +61,11 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
         batch = _Batch.of(logits, maxima, [params[row] for row in chunk], [positions[row] for row in chunk], chunk)
         tokens[to_index(chunk, logits.device)] = _draw(batch)
     tokens.masked_fill_(~maxima.isfinite(), NOT_FINITE).masked_fill_(maxima == -math.inf, ALL_EXCLUDED)
-    return [_token_or_error(token) for token in tokens.tolist()]
+    return [token_or_error(token) for token in tokens.tolist()]
 
 
-def _token_or_error(token: int) -> int | SamplingError:
+def token_or_error(token: int) -> int | SamplingError:
+    """Return the error that stands behind `NOT_FINITE` and `ALL_EXCLUDED`, and any other token as it is."""
     if token == NOT_FINITE:
         return SamplingError("the logits hold NaN or infinity: no token can be sampled")
     if token == ALL_EXCLUDED:
@@ -194,5 +204,14 @@ def _total_mass(batch: _Batch, reached: Tensor, top_ks: list[int]) -> Tensor:
 
 
 def _mass(scores: Tensor) -> Tensor:
-    """Return `exp(scores)` as integers, of which sums are exact in any order."""
-    return scores.exp().to(torch.float64).mul_(MASS_ONE).to(torch.int64)
+    """Return `exp(scores)` as integers, of which sums are exact in any order.
+
+    Each operation rounds once, to float32; none may be fused with another.
+    """
+    s = scores.clamp(min=MASSLESS)
+    n = (s * LOG2_E).round_()
+    r = s.sub_(n * LOG_2[0]).sub_(n * LOG_2[1])
+    series = torch.full_like(r, 1 / math.factorial(7))
+    for order in range(6, -1, -1):
+        series.mul_(r).add_(1 / math.factorial(order))
+    return series.to(torch.float64).mul_(MASS_ONE).to(torch.int64) >> n.neg_().to(torch.int64)

@@ -10,16 +10,19 @@ from engine.protocol.messages import TokenLogprobs
 from engine.sampling.logits import adjusted
 from engine.sampling.logprobs import LogprobQuery, compute_logprobs
 from engine.sampling.row import SamplingRow
-from engine.sampling.sampler import SamplingError, sample
+from engine.sampling.sampler import Sampler, SamplingError
 
 
 @torch.inference_mode()
-def sample_step(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int | str], dict[int, TokenLogprobs]]:
+def sample_step(
+    logits: Tensor, rows: Sequence[SamplingRow], sample: Sampler
+) -> tuple[list[int | str], dict[int, TokenLogprobs]]:
     """Return each row's token, or a message why it has none; and the log-probabilities by row, for those who ask.
 
     Args:
         logits: `[num_rows, vocab_size]` float32, the model's own. Changed meanwhile, restored in the end.
         rows: one for each.
+        sample: draws the tokens.
     """
     with adjusted(logits, rows):
         samples = sample(logits, [row.params for row in rows], [row.position for row in rows])

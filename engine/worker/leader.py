@@ -16,6 +16,7 @@ from engine.protocol.messages import (
     TokenBatch,
     TokenOutput,
 )
+from engine.sampling.sampler import Sampler
 from engine.sampling.step import sample_step
 from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import Scheduler
@@ -33,6 +34,7 @@ class Leader:
         server: Channel,
         followers: list[Channel],
         statistics: RankStatistics,
+        sampler: Sampler,
         *,
         epoch: int,
         vocab_size: int,
@@ -42,6 +44,7 @@ class Leader:
         self._server = server
         self._followers = followers
         self._statistics = statistics
+        self._sampler = sampler
         self._epoch = epoch
         self._vocab_size = vocab_size
         self._had_work = False
@@ -78,7 +81,7 @@ class Leader:
     def _sample(self, step: ScheduledStep, output: RunnerOutput) -> StepResult:
         if output.logits is None:
             return StepResult(prompt_logprobs=output.prompt_logprobs)
-        tokens, logprobs = sample_step(output.logits, self._scheduler.sampling_rows(step))
+        tokens, logprobs = sample_step(output.logits, self._scheduler.sampling_rows(step), self._sampler)
         request_ids = [row.request_id for row in step.rows if row.samples]
         return StepResult(
             tokens=dict(zip(request_ids, tokens, strict=True)),

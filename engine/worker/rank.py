@@ -24,6 +24,7 @@ from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
 from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
 from engine.protocol.model_config import ModelConfig
+from engine.sampling.cpu_sampler import choose_sampler
 from engine.scheduler.scheduler import Scheduler
 from engine.worker import kv_tensors
 from engine.worker.device import (
@@ -110,7 +111,7 @@ def _set_up(
     placement = choose_placement(spec.engine, local_rank)
     control.send(hello(spec, rank, device, placement))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
-    group = ProcessGroupManager(device, collectives=spec.engine.collectives).tensor_parallel
+    group = ProcessGroupManager(device).tensor_parallel
     shard = _load(spec, group, device, placement, control)
     start = _agree(spec, group, shard, control)
     loop = _make_loop(spec, group, shard, start, context)
@@ -242,7 +243,14 @@ def _make_leader(
         enable_prefix_caching=spec.engine.enable_prefix_caching,
     )
     return Leader(
-        scheduler, runner, server, followers, statistics, epoch=spec.epoch, vocab_size=shard.config.vocab_size
+        scheduler,
+        runner,
+        server,
+        followers,
+        statistics,
+        choose_sampler(shard.kernels),
+        epoch=spec.epoch,
+        vocab_size=shard.config.vocab_size,
     )
 
 
