@@ -1,22 +1,21 @@
 // silu(g) * u = g / (1 + exp(-g)) * u, the activation of SwiGLU (Shazeer, 2020, arXiv 2002.05202).
-#include <cmath>
-
+#include "elementwise.h"
 #include "export.h"
 #include "simd.h"
+#include "simd_exp.h"
 #include "thread_pool.h"
 
 namespace {
 
 template <class T>
 void silu_mul(ThreadPool* pool, T* y, const T* gate_up, int64_t num_tokens, int64_t size) {
-  pool->parallel_for(num_tokens, [=](int64_t token) {
+  for_tokens(pool, num_tokens, size, [=](int64_t token) {
     const T* gate = gate_up + token * 2 * size;
     const T* up = gate + size;
     for (int64_t i = 0; i < size; i += kLanes) {
-      float some[kLanes];
-      store(some, load(gate + i, size - i));
-      for (float& g : some) g = g / (1.0f + std::exp(-g));
-      store(y + token * size + i, mul(load(some), load(up + i, size - i)), size - i);
+      const Vec g = load(gate + i, size - i);
+      const Vec silu = div(g, add(broadcast(1.0f), exp(sub(zero(), g))));
+      store(y + token * size + i, mul(rounded(gate, silu), load(up + i, size - i)), size - i);
     }
   });
 }

@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kSegmentKeys = 512;  // a multiple of kBlockKeys; results depend on it
 constexpr int64_t kUnitRows = 32;  // their sums and one block of keys and values lie in the first caches
 constexpr int64_t kPiecesPerThread = 2;  // of a step's work, at least
+constexpr int64_t kChunksPerThread = 8;  // of pieces, at most: what comes after the other is asked for ahead of time
 constexpr int64_t kChunkWork = 4096;  // products of a row and a key, below which a thread is not worth waking
 constexpr int64_t kWriteChunk = 8192;  // elements of keys, likewise
 
@@ -34,8 +35,14 @@ struct Piece {
   int64_t first_segment, last_segment;
   int64_t sums;  // where those of its unit lie among all sums that are added up later; -1 if the piece is its whole unit
 
-  int64_t num_segments() const { return divided_up(position + num_tokens, kSegmentKeys); }
-  int64_t work() const { return num_tokens * (position + num_tokens); }
+  int64_t num_segments() const { return divided_up(num_keys(), kSegmentKeys); }
+  int64_t num_keys() const { return position + num_tokens; }
+  int64_t work() const { return num_tokens * num_keys(); }
+};
+
+struct Item {
+  const Piece* piece;
+  int64_t head;  // a KV head
 };
 
 template <class T>
@@ -62,10 +69,10 @@ class PagedAttention {
     const int64_t num_items = static_cast<int64_t>(pieces_.size()) * step_.num_kv_heads;
     if (num_items == 0) return;
     sums_.reset(new float[num_sums_ * step_.num_kv_heads]);
-    const int64_t per_chunk = std::max<int64_t>(1, kChunkWork * num_items / std::max<int64_t>(1, total_work_));
-    for_chunks(num_items, per_chunk, [this](int64_t item) {
-      // The last tokens of a prompt have most to do, and come first.
-      compute(pieces_[pieces_.size() - 1 - item / step_.num_kv_heads], item % step_.num_kv_heads);
+    const int64_t for_little_work = kChunkWork * num_items / std::max<int64_t>(1, total_work_);
+    const int64_t for_many_items = num_items / (pool_->num_threads() * kChunksPerThread);
+    for_chunks(num_items, std::max<int64_t>({1, for_little_work, for_many_items}), [this](int64_t item, int64_t stop) {
+      compute(item_at(item), item + 1 < stop ? item_at(item + 1) : item_at(item));
     });
     if (split_.empty()) return;
     pool_->parallel_for(static_cast<int64_t>(split_.size()) * step_.num_kv_heads, [this](int64_t item) {
@@ -78,8 +85,13 @@ class PagedAttention {
   void for_chunks(int64_t num_items, int64_t per_chunk, const F& f) {
     pool_->parallel_for(divided_up(num_items, per_chunk), [&](int64_t chunk) {
       const int64_t stop = std::min(num_items, (chunk + 1) * per_chunk);
-      for (int64_t item = chunk * per_chunk; item < stop; ++item) f(item);
+      for (int64_t item = chunk * per_chunk; item < stop; ++item) f(item, stop);
     });
+  }
+
+  // What a thread does in one go. The last tokens of a prompt have most to do, and come first.
+  Item item_at(int64_t index) const {
+    return {&pieces_[pieces_.size() - 1 - index / step_.num_kv_heads], index % step_.num_kv_heads};
   }
 
   const T* head_of(int64_t token, int64_t head) const {
@@ -98,7 +110,7 @@ class PagedAttention {
   // All tokens' keys and values are written before any query attends: sequences may share pages.
   void write_cache() {
     const int64_t per_token = step_.num_kv_heads * step_.head_dim;
-    for_chunks(step_.num_tokens(), divided_up(kWriteChunk, per_token), [this](int64_t token) {
+    for_chunks(step_.num_tokens(), divided_up(kWriteChunk, per_token), [this](int64_t token, int64_t) {
       const int64_t* const ends = step_.cu_seqlens_q + 1;
       const int64_t seq = std::upper_bound(ends, ends + step_.num_seqs, token) - ends;
       const std::unique_ptr<T[]> key(new T[step_.head_dim]);
@@ -156,24 +168,25 @@ class PagedAttention {
     return Sums(sums_.get() + piece.sums * step_.num_kv_heads + head * of_unit + segment * size, num_rows, stride_);
   }
 
-  void compute(const Piece& piece, int64_t head) const {
+  // next: what this thread does then.
+  void compute(const Item& item, const Item& next) const {
+    const Piece& piece = *item.piece;
     const int64_t num_rows = piece.num_tokens * share_, size = Sums::size(num_rows, stride_);
-    const std::unique_ptr<Operand[]> queries = rotated_queries(piece, head);
-    const std::unique_ptr<T[]> gathered(cache_.has_whole_tiles() ? nullptr : new T[2 * kBlockKeys * step_.head_dim]);
-    if (piece.sums >= 0) {
-      for (int64_t segment = piece.first_segment; segment < piece.last_segment; ++segment) {
-        attend_segment(sums_of(piece, head, segment), piece, head, segment, queries.get(), gathered.get());
-      }
-      return;
-    }
-    const std::unique_ptr<float[]> memory(new float[2 * size]);
+    const bool is_whole = piece.sums < 0;
+    const std::unique_ptr<float[]> memory(is_whole ? new float[2 * size] : nullptr);
+    const int64_t num_gathered = cache_.has_whole_tiles() ? 0 : 2 * kBlockKeys * step_.head_dim;
+    const Walk walk{item, next, rotated_queries(piece, item.head), std::unique_ptr<T[]>(new T[num_gathered])};
     const Sums total(memory.get(), num_rows, stride_), of_segment(memory.get() + size, num_rows, stride_);
-    total.clear(num_rows);
+    if (is_whole) total.clear(num_rows);
     for (int64_t segment = piece.first_segment; segment < piece.last_segment; ++segment) {
-      attend_segment(of_segment, piece, head, segment, queries.get(), gathered.get());
-      merge_segment(total, of_segment, piece, segment);
+      if (is_whole) {
+        attend_segment(of_segment, walk, segment);
+        merge_segment(total, of_segment, piece, segment);
+      } else {
+        attend_segment(sums_of(piece, item.head, segment), walk, segment);
+      }
     }
-    write_out(total, piece, head);
+    if (is_whole) write_out(total, piece, item.head);
   }
 
   void add_up(const Piece& unit, int64_t head) const {
@@ -212,14 +225,52 @@ class PagedAttention {
     return queries;
   }
 
-  void attend_segment(const Sums& sums, const Piece& piece, int64_t head, int64_t segment, const Operand* queries,
-                      T* gathered) const {
+  // The way of one item over its keys.
+  struct Walk {
+    Item item, next;
+    std::unique_ptr<Operand[]> queries;
+    std::unique_ptr<T[]> gathered;  // one block, where pages have no whole tiles
+  };
+
+  void attend_segment(const Sums& sums, const Walk& walk, int64_t segment) const {
+    const Piece& piece = *walk.item.piece;
     sums.clear(piece.num_tokens * share_);
-    const int64_t num_keys = piece.position + piece.num_tokens;
-    const int64_t stop = std::min(num_keys, (segment + 1) * kSegmentKeys);
+    const int64_t stop = std::min(piece.num_keys(), (segment + 1) * kSegmentKeys);
     for (int64_t key = segment * kSegmentKeys; key < stop; key += kBlockKeys) {
-      attend_to(sums, piece, key_block(piece.seq, key, num_keys, head, gathered), key, queries);
+      attend_to(sums, piece, cache_.has_whole_tiles() ? blocks_at(walk, key) : gathered_block(walk, key), key,
+                walk.queries.get());
     }
+  }
+
+  KeyBlock<T> blocks_at(const Walk& walk, int64_t key) const {
+    const Piece& piece = *walk.item.piece;
+    const int64_t ahead = key + kBlockKeys, stop = std::min(piece.num_keys(), piece.last_segment * kSegmentKeys);
+    const Item& item = ahead < stop ? walk.item : walk.next;
+    return {tiles_at(walk.item, key), tiles_at(item, ahead < stop ? ahead : item.piece->first_segment * kSegmentKeys)};
+  }
+
+  Tiles<T> tiles_at(const Item& item, int64_t key) const {
+    Tiles<T> tiles;
+    for (int tile = 0; tile < kBlockTiles; ++tile) {
+      const int64_t at = key + tile * kTileKeys;
+      const int64_t offset = cache_.tile_at(item.piece->seq, at < item.piece->num_keys() ? at : key, item.head);
+      tiles.keys[tile] = cache_.keys() + offset;
+      tiles.values[tile] = cache_.values() + offset;
+    }
+    return tiles;
+  }
+
+  KeyBlock<T> gathered_block(const Walk& walk, int64_t key) const {
+    const Piece& piece = *walk.item.piece;
+    T* const keys = walk.gathered.get();
+    T* const values = keys + kBlockKeys * step_.head_dim;
+    cache_.gather(keys, values, piece.seq, key, walk.item.head, std::min(kBlockKeys, piece.num_keys() - key));
+    Tiles<T> tiles;
+    for (int tile = 0; tile < kBlockTiles; ++tile) {
+      tiles.keys[tile] = keys + tile * kTileKeys * step_.head_dim;
+      tiles.values[tile] = values + tile * kTileKeys * step_.head_dim;
+    }
+    return {tiles, tiles};
   }
 
   // Lets all tokens attend to what they see of the block that begins at `key`.
@@ -237,28 +288,6 @@ class PagedAttention {
                    const Operand* queries) const {
     attend_block<T>(sums.from(row), num_rows, queries + row * step_.head_dim, block, num_keys, step_.head_dim, scale_,
                     cache_.has_whole_tiles());
-  }
-
-  KeyBlock<T> key_block(int64_t seq, int64_t key, int64_t num_keys, int64_t head, T* gathered) const {
-    KeyBlock<T> block;
-    if (!cache_.has_whole_tiles()) {
-      T* const values = gathered + kBlockKeys * step_.head_dim;
-      cache_.gather(gathered, values, seq, key, head, std::min(kBlockKeys, num_keys - key));
-      for (int tile = 0; tile < kBlockTiles; ++tile) {
-        block.keys[tile] = block.next_keys[tile] = gathered + tile * kTileKeys * step_.head_dim;
-        block.values[tile] = block.next_values[tile] = values + tile * kTileKeys * step_.head_dim;
-      }
-      return block;
-    }
-    for (int tile = 0; tile < kBlockTiles; ++tile) {
-      const int64_t at = key + tile * kTileKeys, next = at + kBlockKeys;
-      const int64_t here = at < num_keys ? at : key, ahead = next < num_keys ? next : here;
-      block.keys[tile] = cache_.keys_at(seq, here, head);
-      block.values[tile] = cache_.values_at(seq, here, head);
-      block.next_keys[tile] = cache_.keys_at(seq, ahead, head);
-      block.next_values[tile] = cache_.values_at(seq, ahead, head);
-    }
-    return block;
   }
 
   void write_out(const Sums& total, const Piece& piece, int64_t head) const {

@@ -27,15 +27,21 @@ constexpr int kTilesAtOnce = 1, kValueLinesAtOnce = 2;  // 16 registers
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// One block of keys and values, tile by tile; where it ends early, any readable tile stands for those behind its end.
-// The next block's are asked for while this one is computed with.
+// One block of keys and values; where it ends early, any readable tile stands for those behind its end.
 template <class T>
-struct KeyBlock {
+struct Tiles {
   const T* keys[kBlockTiles];
   const T* values[kBlockTiles];
-  const T* next_keys[kBlockTiles];
-  const T* next_values[kBlockTiles];
 };
+
+// A block, and the one that is asked for while it is computed with.
+template <class T>
+struct KeyBlock {
+  Tiles<T> here, next;
+};
+
+// Into the second cache: for the first, what is asked for waits in a queue that what is computed with needs too.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // What rows have summed up so far: sums are of exp(score - max).
 struct Sums {
@@ -77,13 +83,11 @@ void compute_scores(float (*scores)[kBlockKeys], const typename Packed<T>::Opera
     for (int64_t i = 0; i < head_dim; i += kPack<T>) {
       typename P::Line keys[kLines];
       for (int line = 0; line < kLines; ++line) {
-        const T* const at = block.keys[tile + line / kPerTile] + i * kTileKeys;
+        const T* const at = block.here.keys[tile + line / kPerTile] + i * kTileKeys;
         keys[line] = P::load(at + line % kPerTile * kLanes * kPack<T>);
       }
       if (kPrefetch) {
-        for (int t = 0; t < kTilesAtOnce; ++t) {
-          _mm_prefetch(reinterpret_cast<const char*>(block.next_keys[tile + t] + i * kTileKeys), _MM_HINT_T0);
-        }
+        for (int t = 0; t < kTilesAtOnce; ++t) prefetch(block.next.keys[tile + t] + i * kTileKeys);
       }
       for (int row = 0; row < R; ++row) {
         const typename P::Line query = P::repeat(queries + row * head_dim + i);
@@ -142,12 +146,10 @@ void add_value_lines(float* values, int64_t stride, const float* decays,
     const int64_t offset = key * head_dim + feature * kPack<T>;
     typename P::Line lines[kLines];
     for (int line = 0; line < kLines; ++line) {
-      const T* const at = block.values[tile] + offset + line * kStep;
+      const T* const at = block.here.values[tile] + offset + line * kStep;
       lines[line] = kIsWhole ? P::load(at) : P::load(at, width - line * kLanes);
       if (is_half) lines[line] = P::without_second(lines[line]);
-      if (kPrefetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(block.next_values[tile] + offset + line * kStep), _MM_HINT_T0);
-      }
+      if (kPrefetch) prefetch(block.next.values[tile] + offset + line * kStep);
     }
     for (int row = 0; row < R; ++row) {
       const typename P::Line weight = P::repeat(weights[row] + tile * kTileKeys + key);

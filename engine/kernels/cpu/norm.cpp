@@ -1,19 +1,12 @@
 // Root mean square normalisation, with the addition before it.
 #include <cmath>
 
+#include "elementwise.h"
 #include "export.h"
 #include "simd.h"
 #include "thread_pool.h"
 
 namespace {
-
-// Rounds to what T holds.
-template <class T>
-Vec rounded(Vec v) {
-  T some[kLanes];
-  store(some, v);
-  return load(some);
-}
 
 template <class T>
 void add_rms_norm_row(T* y, T* sum, const T* x, const T* residual, const T* weight, int64_t size, float eps) {
@@ -21,7 +14,7 @@ void add_rms_norm_row(T* y, T* sum, const T* x, const T* residual, const T* weig
   for (int64_t i = 0; i < size; i += kLanes) {
     Vec h = load(x + i, size - i);
     if (residual != nullptr) {
-      h = rounded<T>(add(h, load(residual + i, size - i)));
+      h = rounded(x, add(h, load(residual + i, size - i)));
       store(sum + i, h, size - i);
     }
     squares = fma(h, h, squares);
@@ -29,7 +22,7 @@ void add_rms_norm_row(T* y, T* sum, const T* x, const T* residual, const T* weig
   const Vec scale = broadcast(1.0f / std::sqrt(sum_of_lanes(squares) / static_cast<float>(size) + eps));
   const T* h = residual == nullptr ? x : sum;
   for (int64_t i = 0; i < size; i += kLanes) {
-    const Vec normed = rounded<T>(mul(load(h + i, size - i), scale));
+    const Vec normed = rounded(x, mul(load(h + i, size - i), scale));
     store(y + i, mul(normed, load(weight + i, size - i)), size - i);
   }
 }
@@ -37,7 +30,7 @@ void add_rms_norm_row(T* y, T* sum, const T* x, const T* residual, const T* weig
 template <class T>
 void add_rms_norm(ThreadPool* pool, T* y, T* sum, const T* x, const T* residual, const T* weight, int64_t num_tokens,
                   int64_t size, float eps) {
-  pool->parallel_for(num_tokens, [=](int64_t token) {
+  for_tokens(pool, num_tokens, size, [=](int64_t token) {
     const int64_t at = token * size;
     add_rms_norm_row(y + at, sum + at, x + at, residual == nullptr ? nullptr : residual + at, weight, size, eps);
   });
