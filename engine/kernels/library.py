@@ -17,6 +17,17 @@ logger = logging.getLogger(__name__)
 POINTER, SIZE = c_void_p, c_int64  # a tensor's data_ptr() or a pool; a count
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pool_destroy": (POINTER,),
+    "collectives_segment_bytes": (c_int, SIZE),
+    "collectives_create": (POINTER, c_int, c_int, *[SIZE] * 4, POINTER, POINTER, c_int),
+    "collectives_destroy": (POINTER,),
+    "collectives_failure": (POINTER, POINTER),
+    "collectives_take_times": (POINTER, POINTER),
+    "all_reduce": (POINTER, POINTER, SIZE, c_int),
+    "all_gather": (*[POINTER] * 3, *[SIZE] * 2),
+    "gather": (*[POINTER] * 3, *[SIZE] * 2),
+    "broadcast": (POINTER, POINTER, SIZE, c_int),
+    "reduce_scatter": (*[POINTER] * 3, *[SIZE] * 2, c_int),
+    "barrier": (POINTER,),
     "linear_f32": (*[POINTER] * 5, *[SIZE] * 3),
     "linear_bf16": (*[POINTER] * 5, *[SIZE] * 3),
     "linear_bf16_f32": (*[POINTER] * 5, *[SIZE] * 3),
@@ -35,6 +46,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "silu_mul_bf16": (*[POINTER] * 3, *[SIZE] * 2),
     "sample": (*[POINTER] * 3, SIZE, POINTER, *[SIZE] * 2),
     "read_memory": (*[POINTER] * 3, SIZE),
+}
+RESULTS: dict[str, Any] = {  # None for the others
+    "collectives_segment_bytes": SIZE,
+    "collectives_create": POINTER,
+    **dict.fromkeys(("all_reduce", "all_gather", "gather", "broadcast", "reduce_scatter", "barrier"), c_int),
 }
 
 
@@ -59,11 +75,11 @@ class KernelLibrary:
         text: bytes = function()
         return text.decode()
 
-    def function(self, name: str) -> Callable[..., None]:
+    def function(self, name: str) -> Callable[..., Any]:
         """Return the function `ryz_{name}`, which checks nothing: neither sizes nor pointers. It releases the GIL."""
         function: Any = self._library[f"ryz_{name}"]  # an object of its own each time, unlike an attribute
-        function.argtypes, function.restype = SIGNATURES[name], None
-        typed: Callable[..., None] = function
+        function.argtypes, function.restype = SIGNATURES[name], RESULTS.get(name)
+        typed: Callable[..., Any] = function
         return typed
 
     def create_pool(self, num_threads: int, cpus: list[int] | None, spin_seconds: float) -> int:

@@ -111,7 +111,7 @@ def _set_up(
     placement = choose_placement(spec.engine, local_rank)
     control.send(hello(spec, rank, device, placement))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
-    group = ProcessGroupManager(device).tensor_parallel
+    group = ProcessGroupManager(device, collectives=spec.engine.collectives).tensor_parallel
     shard = _load(spec, group, device, placement, control)
     start = _agree(spec, group, shard, control)
     loop = _make_loop(spec, group, shard, start, context)
