@@ -78,7 +78,8 @@ def choose_kernels(engine: EngineConfig, device: torch.device, dtype: torch.dtyp
     if library is None:
         return TORCH_KERNELS
     cpus = None if placement.cpus is None else list(placement.cpus)
-    return CPUKernels(library, library.create_pool(placement.num_threads, cpus, placement.spin_seconds), dtype)
+    pool = library.create_pool(placement.num_threads, cpus, placement.spin_seconds)
+    return CPUKernels(library, pool, dtype, is_batch_invariant=engine.batch_invariant)
 
 
 def choose_placement(engine: EngineConfig, local_rank: int) -> Placement:
