@@ -3,7 +3,7 @@
 import argparse
 from typing import TypeVar
 
-from engine.protocol.commands import BenchDecodeCommand, BenchLimitsCommand, BenchLoadCommand
+from engine.protocol.commands import BenchCollectivesCommand, BenchDecodeCommand, BenchLimitsCommand, BenchLoadCommand
 from server.engine_command import EITHER_FORM, EngineCommand, Place, add_engine_commands
 
 LOAD_NOTE = """\
@@ -21,6 +21,12 @@ The engine is started as serve starts it, and asked over its sockets. Prompts of
 turn finds them in the KV cache and decodes from there. The limits are measured before and after each turn.
 Exit code: 0; 1 when the engine failed; 2 for a mistake of yours, or a model that cannot be run so; 130 when
 interrupted; 141 when what reads the output wants no more.
+"""
+COLLECTIVES_NOTE = """\
+Ranks are fresh processes on the CPU, one thread each. They use shared memory and gloo in turns; beside that stands a
+plain copy of as many bytes by all of them at once.
+Exit code: 0; 1 when a rank died; 2 for a mistake of yours; 130 when interrupted; 141 when what reads the output wants
+no more.
 """
 COMMANDS = (
     EngineCommand(
@@ -43,6 +49,13 @@ COMMANDS = (
         "measure decode and prefill steps of a real engine, beside what the machine allows",
         DECODE_NOTE,
         {"model": Place("MODEL", EITHER_FORM)},
+    ),
+    EngineCommand(
+        "collectives",
+        BenchCollectivesCommand,
+        "measure what it takes ranks of this machine to exchange data, over shared memory and over gloo",
+        COLLECTIVES_NOTE,
+        {},
     ),
 )
 

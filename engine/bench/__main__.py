@@ -1,4 +1,4 @@
-"""`python -m engine.bench load|limits|decode JSON`: one command, as engine.protocol.commands tells it.
+"""`python -m engine.bench load|limits|decode|collectives JSON`: one command, as engine.protocol.commands tells it.
 
 It runs in its caller's place. SIGINT or SIGTERM ends it and the ranks that it has started. Exit codes: 0; 2 for what a
 user did, and for a checkpoint that cannot be loaded; 1 when a rank died; 130 when interrupted; 141 when what reads the
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from engine.command.main import run_command
 from engine.command.output import complain, say
 from engine.command.stop_request import StopRequest
-from engine.protocol.commands import BenchDecodeCommand, BenchLimitsCommand, BenchLoadCommand
+from engine.protocol.commands import BenchCollectivesCommand, BenchDecodeCommand, BenchLimitsCommand, BenchLoadCommand
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -30,6 +30,7 @@ BENCHES = {
     "load": _Bench(BenchLoadCommand, "engine.bench.load", "measure_load"),
     "limits": _Bench(BenchLimitsCommand, "engine.bench.limits", "measure_limits"),
     "decode": _Bench(BenchDecodeCommand, "engine.bench.decode", "measure_decode"),
+    "collectives": _Bench(BenchCollectivesCommand, "engine.bench.collectives", "measure_collectives"),
 }
 
 

@@ -33,13 +33,3 @@ class LoadSample:
     storage_bytes: int | None  # read from a disk for this process; None where the system does not say
     memory_growth: int  # bytes of resident memory, from before load() to after the last touch
     peak_growth: int  # as much more as was resident at most
-
-
-def result_name(rank: int) -> str:
-    """Return the name of the file that a rank leaves its sample in."""
-    return f"rank{rank}.json"
-
-
-def error_name(rank: int) -> str:
-    """Return the name of the file that a rank leaves what a user did wrong in."""
-    return f"rank{rank}.error"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.bench import process_memory
-from engine.bench.load_messages import FileRange, LoadSample, LoadTask, error_name, result_name
+from engine.bench.load_messages import FileRange, LoadSample, LoadTask
+from engine.bench.rank_group import error_name, result_name
 from engine.bench.touch import map_file, touch
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.checkpoint.targets import targets_of

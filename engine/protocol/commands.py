@@ -1,7 +1,7 @@
 """What the command line hands to processes of the engine that are no ranks, as JSON in their one argument.
 
 python -m engine.checkpoint shard|inspect|verify|export JSON
-python -m engine.bench load|limits|decode JSON
+python -m engine.bench load|limits|decode|collectives JSON
 """
 
 from dataclasses import dataclass
@@ -91,6 +91,20 @@ class BenchLimitsCommand:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCollectivesCommand:
+    """Measure what it takes ranks of this machine to exchange data."""
+
+    tensor_parallel_size: int = option(2, "ranks that exchange data", short="-tp")
+    runs: int = option(3, "times that each way is measured, in turns")
+    json: bool = option(False, "write one JSON document instead of a table")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.tensor_parallel_size == 1:
+            raise ValueError("--tensor-parallel-size must be at least 2: one rank has nobody to exchange data with")
 
 
 @dataclass(frozen=True, kw_only=True)
