@@ -5,7 +5,7 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from typing import Self
 
 import torch
@@ -26,6 +26,10 @@ from engine.worker.placement import asked_threads, place, read_processors
 
 FIRST_STEPS = 2  # of a turn, which are not counted: the first admits the sequences, the next may wait for what it woke
 LIMIT_TRIES = 3
+STEADY = 1.1  # times as much one limit may be as the other, before and after a turn
+
+_Kind = tuple[str, int, int]  # of step: phase, batch, and tokens of context or prompt
+_Rates = dict[tuple[str, int], float]  # by what is done and on how many cores
 
 
 def measure_decode(command: BenchDecodeCommand) -> DecodeBenchmark:
@@ -41,12 +45,14 @@ def measure_decode(command: BenchDecodeCommand) -> DecodeBenchmark:
         meter = _Limits(tuple(sorted({1, *(setup.cores for setup in setups)})), subject.dtype)
         for setup in setups:
             setup.fill_cache()
-        for turn in range(command.runs):
+        for turn, row in product(range(command.runs), subject.rows):
+            before = meter.measure()
             for index in range(len(setups)):
-                setup = setups[(turn + index) % len(setups)]  # what runs first in a turn changes
-                before = meter.measure()
-                setup.measure(turn)
-                setup.note_limits(before, meter.measure())
+                setup = setups[(turn + index) % len(setups)]  # what runs first changes
+                measured = setup.measure(row, turn)
+                after = meter.measure()
+                setup.keep(row, measured, before, after)
+                before = after
         bare = bare_memory()
         reports = tuple(setup.report() for setup in setups)
     return DecodeBenchmark(
@@ -62,12 +68,17 @@ def measure_decode(command: BenchDecodeCommand) -> DecodeBenchmark:
     )
 
 
-def _places(command: BenchDecodeCommand) -> list[tuple[int, int]]:
-    """Return the ranks, and threads of each, of every setup: what is asked for, then what it is compared with."""
+def _places(command: BenchDecodeCommand) -> list[tuple[int, int, bool]]:
+    """Return ranks, threads of each and batch invariance of every setup: what is asked for, then what is beside it."""
     tp_size = command.tensor_parallel_size
     threads = command.threads or place(read_processors(), tp_size, 0, asked_threads()).num_threads
-    asked = [(tp_size, threads)]
-    return [*asked, (1, threads), (1, tp_size * threads)] if command.compare else asked
+    invariant = command.batch_invariant
+    places = [(tp_size, threads, invariant)]
+    if invariant:
+        places.append((tp_size, threads, False))
+    if command.compare:
+        places += [(1, threads, invariant), (1, tp_size * threads, invariant)]
+    return places
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class _Subject:
     directory: str
     config: ModelConfig
     dtype: str
-    rows: tuple[tuple[str, int, int], ...]  # phase, batch, and context or length of the prompt
+    rows: tuple[_Kind, ...]
 
     @classmethod
     def open(cls, command: BenchDecodeCommand) -> "_Subject":
@@ -116,7 +127,7 @@ class _Subject:
     def longest_context(self) -> int:
         return max(context for phase, _, context in self.rows if phase == "decode")
 
-    def engine(self, tp_size: int) -> EngineConfig:
+    def engine(self, tp_size: int, batch_invariant: bool) -> EngineConfig:
         """Return the options of an engine whose KV cache holds all that is ever computed on it."""
         return EngineConfig(
             model=self.directory,
@@ -124,6 +135,7 @@ class _Subject:
             device="cpu",
             dtype=self.command.dtype,
             kernels=self.command.kernels,
+            batch_invariant=batch_invariant,
             max_num_seqs=self.most_sequences,
             max_num_batched_tokens=max(EngineConfig.max_num_batched_tokens, self.most_sequences),
             num_kv_blocks=self._num_kv_blocks(),
@@ -139,43 +151,50 @@ class _Subject:
 
     def prompt(self, sequence: int, context: int) -> list[int]:
         """Return the prompt of a sequence that decodes: all but its last token fill blocks, which the cache keeps."""
-        return self._tokens(sequence, context // EngineConfig.block_size * EngineConfig.block_size + 1)
+        return self._tokens(f"sequence {sequence}", context // EngineConfig.block_size * EngineConfig.block_size + 1)
 
     def fresh_prompt(self, turn: int, length: int) -> list[int]:
         """Return a prompt that was never computed before."""
-        return self._tokens(-1 - turn, length)
+        return self._tokens(f"turn {turn}", length)
 
-    def _tokens(self, seed: int, length: int) -> list[int]:
+    def _tokens(self, seed: str, length: int) -> list[int]:
         draw = random.Random(seed)
         return [draw.randrange(self.config.vocab_size) for _ in range(length)]
 
 
-@dataclass
-class _Sample:
-    """One turn of a row."""
+@dataclass(frozen=True)
+class _Turn:
+    """What was measured once of a kind of step, and the limits that held: the means of those before and after."""
 
     seconds: float
     collective_share: float
+    read_rate: float
+    multiply_rate: float
+    is_steady: bool  # whether the limits before and after are about the same
+
+    def roof(self, cost: StepCost) -> float:
+        """Return the seconds that the step must take."""
+        return max(cost.read_bytes / self.read_rate, cost.operations / self.multiply_rate)
 
 
 class _Setup:
     """An engine, and what was measured with it."""
 
-    def __init__(self, subject: _Subject, tp_size: int, threads: int) -> None:
+    def __init__(self, subject: _Subject, tp_size: int, threads: int, batch_invariant: bool) -> None:
         self._subject = subject
+        self._batch_invariant = batch_invariant
         self._tp_size, self._threads = tp_size, threads
         self.cores = min(tp_size * threads, host.num_cpus())
         self.costs = ModelCosts.of(subject.config, tp_size, getattr(torch, subject.dtype))
-        self._engine = EngineProcess(subject.engine(tp_size), threads)
-        self._samples: dict[tuple[str, int, int], list[_Sample]] = {row: [] for row in subject.rows}
-        self._rates: list[tuple[float, float]] = []  # of reading and multiplying, beside each turn
+        self._engine = EngineProcess(subject.engine(tp_size, batch_invariant), threads)
+        self._turns: dict[_Kind, list[_Turn]] = {row: [] for row in subject.rows}
 
     @property
     def name(self) -> str:
         """What reports call it."""
         ranks = "1 rank" if self._tp_size == 1 else f"{self._tp_size} ranks"
-        each = " each" if self._tp_size > 1 else ""
-        return f"{ranks}, {self._threads} thread{'s' * (self._threads > 1)}{each}"
+        threads = f"{self._threads} thread{'s' * (self._threads > 1)}{' each' * (self._tp_size > 1)}"
+        return f"{ranks}, {threads}{', batch-invariant' * self._batch_invariant}"
 
     def __enter__(self) -> Self:
         self._engine.__enter__()
@@ -191,37 +210,35 @@ class _Setup:
         self._engine.generate(prompts, max_tokens=1)
         self._engine.take_collective_seconds()
 
-    def measure(self, turn: int) -> None:
-        """Measure every row once."""
-        for row in self._subject.rows:
-            phase, batch, context = row
-            if phase == "decode":
-                prompts = [self._subject.prompt(index, context) for index in range(batch)]
-                arrivals = self._engine.generate(prompts, self._subject.new_tokens)
-                seconds = step_seconds(arrivals, batch)
-            else:
-                arrivals = self._engine.generate([self._subject.fresh_prompt(turn, context)], max_tokens=1)
-                seconds = arrivals[-1].seconds
-            in_collectives = max(self._engine.take_collective_seconds()) if self._tp_size > 1 else 0.0
-            self._samples[row].append(_Sample(seconds, in_collectives / arrivals[-1].seconds))
+    def measure(self, row: _Kind, turn: int) -> tuple[float, float]:
+        """Return the seconds of a step of a kind, and the share of them in collectives."""
+        phase, batch, context = row
+        if phase == "decode":
+            prompts = [self._subject.prompt(index, context) for index in range(batch)]
+            arrivals = self._engine.generate(prompts, self._subject.new_tokens)
+            seconds = step_seconds(arrivals, batch)
+        else:
+            arrivals = self._engine.generate([self._subject.fresh_prompt(turn, context)], max_tokens=1)
+            seconds = arrivals[-1].seconds
+        in_collectives = max(self._engine.take_collective_seconds()) if self._tp_size > 1 else 0.0
+        return seconds, in_collectives / arrivals[-1].seconds
 
-    def note_limits(self, *measured: "dict[tuple[str, int], float]") -> None:
-        """Keep the limits that were measured before and after a turn."""
-        read, multiply = (
-            statistics.fmean(rates[kind, self.cores] for rates in measured) for kind in (READ, self._subject.dtype)
-        )
-        self._rates.append((read, multiply))
+    def keep(self, row: _Kind, measured: tuple[float, float], before: _Rates, after: _Rates) -> None:
+        """Keep what was measured, with the limits before and after."""
+        pairs = [(before[kind, self.cores], after[kind, self.cores]) for kind in (READ, self._subject.dtype)]
+        read_rate, multiply_rate = map(statistics.fmean, pairs)
+        is_steady = all(max(pair) <= STEADY * min(pair) for pair in pairs)
+        self._turns[row].append(_Turn(*measured, read_rate, multiply_rate, is_steady))
 
-    def seconds(self, row: tuple[str, int, int]) -> list[float]:
-        """Return the seconds of a row's step in each turn."""
-        return [sample.seconds for sample in self._samples[row]]
+    def turns(self, row: _Kind) -> list[_Turn]:
+        """Return all turns of a kind of step, in the order in which they were measured."""
+        return self._turns[row]
 
-    def roofs(self, row: tuple[str, int, int]) -> list[float]:
-        """Return what a row's step must take, in each turn."""
-        cost = self._cost(row)
-        return [max(cost.read_bytes / read, cost.operations / multiply) for read, multiply in self._rates]
+    def roof(self, row: _Kind, turn: _Turn) -> float:
+        """Return the seconds that a step of a kind had to take in a turn."""
+        return turn.roof(self._cost(row))
 
-    def _cost(self, row: tuple[str, int, int]) -> StepCost:
+    def _cost(self, row: _Kind) -> StepCost:
         phase, batch, context = row
         if phase == "prefill":
             return self.costs.prefill(context)
@@ -236,6 +253,7 @@ class _Setup:
             name=self.name,
             tensor_parallel_size=self._tp_size,
             threads=self._threads,
+            batch_invariant=self._batch_invariant,
             cores=self.cores,
             rows=tuple(map(self._row, self._subject.rows)),
             memory=tuple(
@@ -244,21 +262,23 @@ class _Setup:
             ),
         )
 
-    def _row(self, row: tuple[str, int, int]) -> Row:
+    def _row(self, row: _Kind) -> Row:
         phase, batch, context = row
-        cost, seconds, samples = self._cost(row), self.seconds(row), self._samples[row]
+        cost, all_turns = self._cost(row), self._turns[row]
+        turns = [turn for turn in all_turns if turn.is_steady] or all_turns
         tokens = context if phase == "prefill" else batch
         return Row(
             phase=phase,
             batch=batch,
             context=context,
-            step_seconds=Figure.of(seconds),
-            tokens_per_second=Figure.of([tokens / each for each in seconds]),
+            num_steady=sum(turn.is_steady for turn in all_turns),
+            step_seconds=Figure.of([turn.seconds for turn in turns]),
+            tokens_per_second=Figure.of([tokens / turn.seconds for turn in turns]),
             cost=cost,
-            read_seconds=Figure.of([cost.read_bytes / read for read, _ in self._rates]),
-            compute_seconds=Figure.of([cost.operations / multiply for _, multiply in self._rates]),
-            roof_share=Figure.of([roof / each for roof, each in zip(self.roofs(row), seconds, strict=True)]),
-            collective_share=None if self._tp_size == 1 else Figure.of([item.collective_share for item in samples]),
+            read_seconds=Figure.of([cost.read_bytes / turn.read_rate for turn in turns]),
+            compute_seconds=Figure.of([cost.operations / turn.multiply_rate for turn in turns]),
+            roof_share=Figure.of([turn.roof(cost) / turn.seconds for turn in turns]),
+            collective_share=Figure.of([turn.collective_share for turn in turns]) if self._tp_size > 1 else None,
         )
 
 
@@ -271,7 +291,7 @@ class _Limits:
         self._ways |= {(dtype, count): meter.multiplier(dtype, count) for count in cores}
         self._rates: dict[tuple[str, int], list[float]] = {key: [] for key in self._ways}
 
-    def measure(self) -> dict[tuple[str, int], float]:
+    def measure(self) -> _Rates:
         """Return the median rate of some tries, by kind and cores."""
         found = {key: statistics.median(way.rate() for _ in range(LIMIT_TRIES)) for key, way in self._ways.items()}
         for key, rate in found.items():
@@ -287,15 +307,20 @@ class _Limits:
 
 
 def step_seconds(arrivals: Sequence[Arrival], batch: int) -> float:
-    """Return the median time between two steps that each brought a token for every sequence, but for the first."""
+    """Return the mean time between steps that each brought a token for every sequence, without the first of them.
+
+    A median of single times would not do: where this process has to wait for a core, several arrive at once.
+    """
     whole = [arrival.seconds for arrival in arrivals if arrival.num_tokens == batch][FIRST_STEPS:]
-    return statistics.median(later - earlier for earlier, later in pairwise(whole))
+    return (whole[-1] - whole[0]) / (len(whole) - 1)
 
 
 def _ratios(first: _Setup, others: Sequence[_Setup], subject: _Subject) -> Iterator[Ratio]:
     for other, row in product(others, subject.rows):
-        speed_ups = [theirs / ours for ours, theirs in zip(first.seconds(row), other.seconds(row), strict=True)]
-        roofs = [theirs / ours for ours, theirs in zip(first.roofs(row), other.roofs(row), strict=True)]
+        pairs = list(zip(first.turns(row), other.turns(row), strict=True))
+        pairs = [pair for pair in pairs if pair[0].is_steady and pair[1].is_steady] or pairs
+        speed_ups = [theirs.seconds / ours.seconds for ours, theirs in pairs]
+        roofs = [other.roof(row, theirs) / first.roof(row, ours) for ours, theirs in pairs]
         yield Ratio(
             of=first.name,
             over=other.name,

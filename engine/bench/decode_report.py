@@ -11,20 +11,33 @@ from engine.bench.figures import Figure, aligned, gigabytes, percent, runs_words
 from engine.bench.limits_report import Limit, operations
 from engine.protocol.units import format_bytes, format_count, format_seconds
 
-HEADINGS = ("", "a step", "tokens/s", "reads", "computes", "read time", "compute time", "of the roof", "in collectives")
-NOTE = (
-    "the roof is the larger of two times: to read what a step reads, and to multiply what it multiplies, at the rates "
-    "that were measured before and after each turn, on as many cores as the ranks have threads"
+HEADINGS = (
+    "",
+    "turns",
+    "a step",
+    "tokens/s",
+    "reads",
+    "computes",
+    "read time",
+    "compute time",
+    "of the roof",
+    "in collectives",
+)
+NOTES = (
+    "the roof is the larger of two times: to read what a step reads, and to multiply what it multiplies, at the rates",
+    "measured before and after each turn on as many cores as the ranks have threads; turns count in which these were",
+    "within 10% of each other, where there are any",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One kind of step on one setup. Seconds are each turn's median."""
+    """One kind of step on one setup. Seconds are each turn's mean."""
 
     phase: str  # "decode" or "prefill"
     batch: int
     context: int  # tokens of a sequence before the first step; for prefill, of the prompt
+    num_steady: int  # turns in which the limits were the same before and after; only these count, if there are any
     step_seconds: Figure
     tokens_per_second: Figure
     cost: StepCost
@@ -41,6 +54,7 @@ class SetupReport:
     name: str
     tensor_parallel_size: int
     threads: int  # of each rank
+    batch_invariant: bool
     cores: int  # whose limits it is held against
     rows: tuple[Row, ...]
     memory: tuple[RankMemory, ...]  # of each rank, at the end
@@ -83,7 +97,7 @@ class DecodeBenchmark:
 
     def _head(self) -> Iterator[str]:
         yield f"{self.path} in {self.dtype}, kernels {self.kernels}; {runs_words(self.runs)} of {self.steps} steps"
-        yield NOTE
+        yield from NOTES
 
     def _setup_lines(self, setup: SetupReport) -> Iterator[str]:
         yield setup.name
@@ -92,7 +106,7 @@ class DecodeBenchmark:
             yield (
                 f"rank {rank}: {format_bytes(memory.resident)} resident, {format_bytes(memory.weights)} of weights, "
                 f"{format_bytes(memory.kv_cache)} of KV cache, {format_bytes(self.bare_memory)} of a process that "
-                f"imported torch; beyond: {format_bytes(memory.beyond(self.bare_memory))}, "
+                f"imported torch: {_more_or_less(memory.beyond(self.bare_memory))}, "
                 f"{percent(memory.share_beyond(self.bare_memory))} of weights and KV cache"
             )
 
@@ -118,6 +132,7 @@ def row_name(phase: str, batch: int, context: int) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row_name(row.phase, row.batch, row.context),
+        str(row.num_steady or "unsteady"),
         spread(row.step_seconds, format_seconds),
         spread(row.tokens_per_second, lambda rate: f"{rate:.1f}"),
         format_bytes(row.cost.read_bytes),
@@ -127,6 +142,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         spread(row.roof_share, percent),
         "" if row.collective_share is None else spread(row.collective_share, percent),
     )
+
+
+def _more_or_less(size: int) -> str:
+    return f"{format_bytes(abs(size))} {'less' if size < 0 else 'more'}"
 
 
 def _times(ratio: float) -> str:

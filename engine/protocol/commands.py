@@ -6,7 +6,7 @@ python -m engine.bench load|limits|decode|collectives JSON
 
 from dataclasses import dataclass
 
-from engine.protocol.config import KERNELS, MODEL_DTYPES, check_options, option
+from engine.protocol.config import KERNELS, MODEL_DTYPES, QUANTIZATIONS, check_options, option
 
 MOST_TOKENS = 2**20  # of a prompt or a batch that is measured
 SMALLEST_FILE = 2**20  # bytes; a limit below it is a slip of the pen
@@ -24,6 +24,7 @@ class ShardCommand:
     destination: str
     tensor_parallel_size: int = option(1, "ranks to split the model over", short="-tp")
     dtype: str = option("auto", "type to store weights in; auto keeps the checkpoint's", choices=MODEL_DTYPES)
+    quantization: str = option("none", "type to store the matrices in, as serve has it", choices=QUANTIZATIONS)
     max_file_size: int | None = option(
         None, "most bytes in one file, such as 4GiB; a rank's weights are one file when left out", unit="bytes"
     )
@@ -122,6 +123,7 @@ class BenchDecodeCommand:
     compare: bool = option(False, "also measure one rank, with the threads of one of them and of all, in turns")
     dtype: str = option("auto", "type of weights and arithmetic; auto takes the checkpoint's", choices=MODEL_DTYPES)
     kernels: str = option("auto", "what computes on a CPU; auto takes the fastest that there is", choices=KERNELS)
+    batch_invariant: bool = option(False, "compute as serve --batch-invariant does, and also without, in turns")
     json: bool = option(False, "write one JSON document instead of a table")
 
     def __post_init__(self) -> None:
