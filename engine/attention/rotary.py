@@ -27,12 +27,12 @@ class RotaryEmbedding:
     """
 
     def __init__(self, head_dim: int, config: RopeConfig, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._frequencies = inverse_frequencies(head_dim, config).to(device)
+        self._frequencies = inverse_frequencies(head_dim, config).repeat(2).to(device)
         self._dtype = dtype
 
     def __call__(self, positions: Tensor) -> Rotation:
         """Return the rotations of `positions` `[num_tokens]`."""
-        angles = (positions[:, None].float() * self._frequencies).repeat(1, 2).unsqueeze(1)
+        angles = positions[:, None, None].float() * self._frequencies
         return Rotation(angles.cos().to(self._dtype), angles.sin().to(self._dtype))
 
 

@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine.attention.backends import attention_backend
 from engine.attention.base import AttentionMetadata, KVCache
 from engine.attention.dense import DenseCausalAttention
 from engine.attention.rotary import inverse_frequencies
-from engine.attention.torch_paged import PagedAttention
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
+from engine.kernels.base import Kernels
+from engine.kernels.cpu_kernels import CPUKernels
+from engine.kernels.library import KernelLibrary
+from engine.kernels.torch_kernels import TORCH_KERNELS
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import MODEL_CLASSES, build_model
+from engine.parallel.base import use_kernels
 from engine.protocol.model_config import ARCHITECTURES, ModelConfig
 from tests.checkpoints import HEADS, random_llama, random_mistral, random_qwen2
 from tests.distributed import run_on_ranks
+from tests.kernels import usable_kernels
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of the largest logit
@@ -42,11 +48,21 @@ def token_ids_of(vocab_size: int) -> list[list[int]]:
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def load(group: CommunicationHandler, directory: Path) -> tuple[LlamaForCausalLM, ModelConfig]:
+def load(
+    group: CommunicationHandler, directory: Path, kernels: Kernels = TORCH_KERNELS
+) -> tuple[LlamaForCausalLM, ModelConfig]:
     config = ModelConfig.from_directory(directory)
     model = build_model(config, group, device=CPU, dtype=torch.float32)
+    use_kernels(model, kernels)
     ModelDistributor(group).load_model(model, directory)
     return model, config
+
+
+def kernels_called(name: str) -> Kernels:
+    if name == "torch":
+        return TORCH_KERNELS
+    library = KernelLibrary(name)
+    return CPUKernels(library, library.create_pool(2, None, 0.0), torch.float32)
 
 
 def dense_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
@@ -60,9 +76,10 @@ def dense_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
     return None if logits is None else logits[:, : config.vocab_size]
 
 
-def paged_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
+def paged_logits(group: CommunicationHandler, directory: Path, kernels_name: str) -> Tensor | None:
     """Compute all sequences together in the steps that `SPLITS` cuts them into, over a paged cache."""
-    model, config = load(group, directory)
+    kernels = kernels_called(kernels_name)
+    model, config = load(group, directory, kernels)
     num_kv_heads = max(1, config.num_key_value_heads // group.world_size)
     shape = (len(LENGTHS) * BLOCKS_EACH, BLOCK_SIZE, num_kv_heads, config.head_dim)
     caches = [KVCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
@@ -74,12 +91,18 @@ def paged_logits(group: CommunicationHandler, directory: Path) -> Tensor | None:
         positions = torch.cat([torch.arange(first, last) for _, first, last in chunks])
         metadata = metadata_of(chunks)
         with torch.inference_mode():
-            hidden = model(token_ids, positions, PagedAttention(caches, metadata))
+            hidden = model(token_ids, positions, attention_backend(kernels, caches)(metadata))
             logits = group.gather(model.compute_logits(hidden))
         for (i, _, _), (first, last) in zip(chunks, pairwise(metadata.cu_seqlens_q), strict=True):
             if logits is not None:
                 found[i].append(logits[first:last, : config.vocab_size])
     return None if group.rank else torch.cat([part for parts in found for part in parts])
+
+
+def all_logits(group: CommunicationHandler, directory: Path) -> dict[str, Tensor]:
+    """Return the logits as training has them, and those over a paged cache by what computes; nothing on other ranks."""
+    found = {name: paged_logits(group, directory, name) for name in usable_kernels()}
+    return {name: x for name, x in {"dense": dense_logits(group, directory), **found}.items() if x is not None}
 
 
 def metadata_of(chunks: list[tuple[int, int, int]]) -> AttentionMetadata:
@@ -112,12 +135,12 @@ def valid_sizes(directory: Path) -> list[int]:
 def check(directory: Path) -> None:
     expected = reference_logits(directory)
     for tp_size in valid_sizes(directory):
-        for compute in (dense_logits, paged_logits):
-            ours = run_on_ranks(compute, tp_size, directory)[0]
-            assert ours is not None
+        found = run_on_ranks(all_logits, tp_size, directory)[0]
+        assert found.keys() == {"dense", *usable_kernels()}
+        for name, ours in found.items():
             assert ours.shape == expected.shape
             error = (ours - expected).abs().max() / expected.abs().max()
-            assert error <= TOLERANCE, f"{compute.__name__} at tp {tp_size}: off by {error:.1e}"
+            assert error <= TOLERANCE, f"{name} at tp {tp_size}: off by {error:.1e}"
 
 
 @pytest.mark.parametrize("seed", range(100, 112))
