@@ -6,7 +6,12 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test test-slow coverage mutation lint types format clean
+# What the kernels decide: `make test-kernels` runs it on every instruction set of this machine, and with torch.
+KERNEL_TESTS := $(addprefix tests/integration/test_, batch_invariance.py exactness.py exactness_sharded.py logprobs.py \
+	model_logits.py model_runner.py prefix_sharing.py sampling_exactness.py) \
+	tests/e2e/test_embedded_model.py tests/e2e/test_serving.py
+
+.PHONY: install serve test test-slow test-kernels coverage mutation lint types format clean
 
 install: $(INSTALLED)
 
@@ -25,6 +30,11 @@ test: lint types
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m slow
+
+test-kernels: install
+	for kernels in $$($(VENV)/bin/python -m tests.kernels); do \
+		echo "--kernels $$kernels"; $(VENV)/bin/python -m pytest --kernels $$kernels $(KERNEL_TESTS) || exit; \
+	done
 
 # Every process counts: servers and orchestrators, and ranks although they are killed (tests/coverage_saver.py).
 coverage: export PYTHONPATH := $(CURDIR)

@@ -28,10 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what asks for `each_kernels` with all that this machine can compute with, or with `--kernels` alone."""
+    """Run what asks for it with all that this machine can compute with, or with `--kernels` alone.
+
+    `each_kernels` are the instruction sets and torch, `each_instruction_set` are those of the C++ kernels.
+    """
+    asked: str = metafunc.config.getoption("--kernels")
+    names = usable_kernels() if asked == "auto" else [asked]
     if "each_kernels" in metafunc.fixturenames:
-        asked: str = metafunc.config.getoption("--kernels")
-        metafunc.parametrize("each_kernels", usable_kernels() if asked == "auto" else [asked], scope="session")
+        metafunc.parametrize("each_kernels", names, scope="session")
+    if "each_instruction_set" in metafunc.fixturenames:
+        sets = [name for name in names if name != "torch"]
+        metafunc.parametrize("each_instruction_set", sets, scope="session")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -18,3 +18,7 @@ def with_kernels_of_the_suite(config: EngineConfig) -> EngineConfig:
     """Return a configuration that computes with what pytest's `--kernels` says, where it can and leaves it open."""
     is_open = config.kernels == "auto" and config.device != "cuda" and config.dtype != "float16"
     return replace(config, kernels=os.environ.get(KERNELS_VARIABLE, "auto")) if is_open else config
+
+
+if __name__ == "__main__":
+    print(*usable_kernels())

@@ -2,13 +2,16 @@
 
 import ast
 import json
+import re
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 from safetensors import safe_open
 
 from engine.protocol.config import EMBEDDED_MODEL
 from engine.protocol.model_config import ModelConfig
+from tests.oracle import Comparison, Reference
 from tests.service_process import ServiceProcess
 
 PROMPTS = (
@@ -59,6 +62,15 @@ def test_it_is_small_and_can_be_split_over_four_ranks() -> None:
 def test_it_has_what_a_chat_needs() -> None:
     assert json.loads((EMBEDDED_MODEL / "tokenizer_config.json").read_text())["chat_template"]
     assert "eos_token_id" in json.loads((EMBEDDED_MODEL / "generation_config.json").read_text())
+
+
+def test_it_writes_what_transformers_would_with_everything_that_the_machine_computes_with(each_kernels: str) -> None:
+    with ServiceProcess("--dtype", "float32", "--kernels", each_kernels) as service:
+        prompt = httpx.post(f"{service.url}/tokenize", json={"prompt": PROMPTS[0]}).json()["tokens"]
+        written = service.complete(prompt=prompt, max_tokens=24, temperature=0, return_token_ids=True)["token_ids"]
+    assert re.search(rf"^  kernels +{each_kernels}$", service.stderr, re.MULTILINE)
+    assert len(written) == 24
+    Reference(EMBEDDED_MODEL).check_greedy(prompt, written, Comparison())
 
 
 @pytest.mark.slow

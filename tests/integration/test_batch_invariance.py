@@ -13,8 +13,6 @@ from torch import Tensor
 from engine.attention.backends import attention_backend
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
-from engine.kernels.cpu_kernels import CPUKernels
-from engine.kernels.library import KernelLibrary
 from engine.models.registry import build_model
 from engine.parallel.base import use_kernels
 from engine.protocol.config import EngineConfig
@@ -23,6 +21,7 @@ from engine.protocol.model_config import ModelConfig
 from engine.worker import kv_tensors
 from engine.worker.model_runner import ModelRunner
 from tests.checkpoints import random_llama
+from tests.computing import make_kernels
 from tests.distributed import run_on_ranks
 from tests.engine_process import EngineFailedError, EngineProcess
 
@@ -225,8 +224,7 @@ def make_runner(
     config = ModelConfig.from_directory(directory)
     model = build_model(config, group, device=CPU, dtype=DTYPES[dtype])
     ModelDistributor(group).load_model(model, directory)
-    library = KernelLibrary(kernels)
-    computing = CPUKernels(library, library.create_pool(num_threads, None, 0.0), DTYPES[dtype])
+    computing = make_kernels(kernels, DTYPES[dtype], num_threads)
     use_kernels(model, computing)
     kv_caches = kv_tensors.allocate(
         config,

@@ -67,6 +67,13 @@ def test_greedy_tokens_are_those_of_transformers(
     tell(f"seed {seed}, " + check_greedy_tokens(directory, reference, tp_size, device))
 
 
+def test_greedy_tokens_are_those_of_transformers_on_everything_that_the_machine_computes_with(
+    each_kernels: str, checkpoint: Callable[[int], tuple[Path, Reference]], tell: Tell
+) -> None:
+    counted = check_greedy_tokens(*checkpoint(0), 2, "cpu", kernels=each_kernels, num_prompts=8, num_new_tokens=32)
+    tell(f"{each_kernels}, {counted}")
+
+
 @pytest.mark.parametrize("seed", [0, 1])  # llama3 and default rotary positions
 def test_greedy_tokens_are_those_of_transformers_for_a_checkpoint_as_published(
     seed: int, tmp_path: Path, device: str, tell: Tell
@@ -93,8 +100,17 @@ def test_greedy_tokens_of_a_mistral_are_those_of_transformers_within_its_window(
     tell("Mistral, " + check_greedy_tokens(directory, Reference(directory), tp_size, device))
 
 
-def check_greedy_tokens(directory: Path, reference: Reference, tp_size: int, device: str) -> str:
-    """Check the tokens of all prompts, and return what was counted."""
+def check_greedy_tokens(
+    directory: Path,
+    reference: Reference,
+    tp_size: int,
+    device: str,
+    *,
+    kernels: str = "auto",
+    num_prompts: int = NUM_PROMPTS,
+    num_new_tokens: int = NUM_NEW_TOKENS,
+) -> str:
+    """Check the tokens of so many prompts, and return what was counted."""
     config = ModelConfig.from_directory(directory)
     try:
         config.check_tensor_parallel_size(tp_size)
@@ -104,23 +120,24 @@ def check_greedy_tokens(directory: Path, reference: Reference, tp_size: int, dev
         model=str(directory),
         tensor_parallel_size=tp_size,
         device=device,
+        kernels=kernels,
         dtype="float32",
         max_model_len=CONTEXT,
         max_num_batched_tokens=37,  # chunks every longer prompt, at borders that are not the blocks'
         max_num_seqs=NUM_PROMPTS,
-        num_kv_blocks=4 * CONTEXT // BLOCK_SIZE,  # four full contexts for 24 sequences: preemption is certain
+        num_kv_blocks=max(1, num_prompts // 6) * CONTEXT // BLOCK_SIZE,  # one context for six sequences: preemption
         block_size=BLOCK_SIZE,
     )
     requests = [
-        Request(str(i), prompt, SamplingParams(max_tokens=NUM_NEW_TOKENS, temperature=0.0))
-        for i, prompt in enumerate(prompts(config.vocab_size))
+        Request(str(i), prompt, SamplingParams(max_tokens=num_new_tokens, temperature=0.0))
+        for i, prompt in enumerate(prompts(config.vocab_size)[:num_prompts])
     ]
     with EngineProcess(engine_config) as engine:
         outputs = engine.generate(requests)
         report = engine.wait_for_report()
     comparison = Comparison()
     for request in requests:
-        assert len(outputs[request.request_id]) == NUM_NEW_TOKENS
+        assert len(outputs[request.request_id]) == num_new_tokens
         reference.check_greedy(request.prompt_token_ids, outputs[request.request_id], comparison)
     assert engine.preemptions > 0
     assert report.scheduler.num_free_kv_blocks == report.scheduler.num_kv_blocks

@@ -3,21 +3,22 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.attention.torch_paged import PagedAttention
+from engine.attention.backends import attention_backend
 from engine.checkpoint.model_distributor import ModelDistributor
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
+from engine.parallel.base import use_kernels
 from engine.protocol.messages import PromptLogprobs, ScheduledRow, ScheduledStep, TokenLogprobs
 from engine.protocol.model_config import ModelConfig
 from engine.worker import kv_tensors, model_runner
 from engine.worker.model_runner import ModelRunner, RunnerOutput
 from tests.checkpoints import random_llama
+from tests.computing import make_kernels
 from tests.oracle import Reference
 
 CPU = torch.device("cpu")
@@ -38,11 +39,13 @@ def reference(checkpoint: Path) -> Reference:
 
 
 @pytest.fixture
-def runner(checkpoint: Path) -> ModelRunner:
+def runner(checkpoint: Path, each_kernels: str) -> ModelRunner:
     config = ModelConfig.from_directory(checkpoint)
     group = CommunicationHandler(CPU)
     model = build_model(config, group, device=CPU, dtype=torch.float32)
     ModelDistributor(group).load_model(model, checkpoint)
+    kernels = make_kernels(each_kernels, torch.float32)
+    use_kernels(model, kernels)
     kv_caches = kv_tensors.allocate(
         config,
         num_blocks=NUM_BLOCKS,
@@ -51,7 +54,7 @@ def runner(checkpoint: Path) -> ModelRunner:
         dtype=torch.float32,
         device=CPU,
     )
-    return ModelRunner(model, partial(PagedAttention, kv_caches), group, vocab_size=VOCAB_SIZE, device=CPU)
+    return ModelRunner(model, attention_backend(kernels, kv_caches), group, vocab_size=VOCAB_SIZE, device=CPU)
 
 
 @dataclass
