@@ -4,8 +4,8 @@
 
 Starts `ryzanstein serve MODEL`, and asks for as many streams at once as a batch has, each of a prompt of random tokens.
 Counted are the tokens that came while all streams ran: from the last stream's first token to the first stream's end.
-The limits are measured before and after each batch, on all cores, while the service is idle. The first round, which fills
-the KV cache with the prompts, is not counted. Options that are not known here are the service's.
+The limits are measured before and after each batch, on all cores, while the service is idle. The first round, which
+fills the KV cache with the prompts, is not counted. Options that are not known here are the service's.
 """
 
 import argparse
