@@ -36,7 +36,7 @@ def shard(command: ShardCommand, start: Start) -> CheckpointMetadata:
     """
     with StoredModel.open(command.source) as model:
         dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)
-        targets = model.targets(command.tensor_parallel_size, dtype)
+        targets = model.targets(command.tensor_parallel_size, dtype, command.quantization)
         tensors = lay_out(targets, max_file_size=command.max_file_size)
         metadata = _describe(model, command, tensors, dtype)
         total = metadata.weight_bytes * metadata.tp_size

@@ -1,11 +1,14 @@
 """Brings the slices of a checkpoint's tensors to the ranks whose layers declare them."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from engine.checkpoint.source import TensorSource
-from engine.checkpoint.staging import Stager
-from engine.checkpoint.targets import Piece, Target, targets_of
+from engine.checkpoint.staging import Stager, chunks
+from engine.checkpoint.targets import Piece, Target, TensorSlice, name_of_matrix, targets_of
+from engine.kernels.base import Kernels
 
 
 class WeightDistributor:
@@ -44,7 +47,12 @@ class WeightDistributor:
     def fill_target(self, target: Target, source: TensorSource) -> None:
         """Fill one tensor."""
         for piece in target.pieces(self._tp_rank, self._tp_size):
-            self._copy(piece, source)
+            if target.quantizer is None or source.quantization == "int8":
+                self._copy(piece, source)
+            elif target.is_scale:
+                self._compute_scales(piece, target.quantizer, source)
+            else:
+                self._quantize(piece, target.quantizer, source)
             self._stager.clear(piece.padding)
 
     def _copy(self, piece: Piece, source: TensorSource) -> None:
@@ -57,15 +65,51 @@ class WeightDistributor:
             self._stager.finish()  # what is on its way cannot be looked at
         if overflows(piece.run, values):
             raise ValueError(float16_problem(source, first))
-        for other in others:
-            if not torch.equal(values, source.read(other, piece.wanted, piece.run.dtype)):
-                raise ValueError(tie_problem(source, first, other))
+        _refuse_unequal(values, source, (first, others), piece.wanted)
+
+    def _quantize(self, piece: Piece, quantizer: Kernels, source: TensorSource) -> None:
+        """Fill with the rows of a matrix, rounded to int8, by the scales of whole rows: of all ranks' columns."""
+        wanted = piece.wanted
+        if wanted.is_empty:
+            return
+        first, *others = source.present(piece.sources)
+        rows = source.read(first, wanted if wanted.dim == 0 else TensorSlice(wanted.global_shape), torch.float32)
+        columns = slice(None) if wanted.dim == 0 else slice(wanted.start, wanted.stop)
+        for run, values in chunks(piece.run, rows):
+            self._stager.copy(run, quantizer.int8_rows(values[:, columns], quantizer.int8_scales(values)))
+        _refuse_unequal(rows[:, columns], source, (first, others), wanted)
+
+    def _compute_scales(self, piece: Piece, quantizer: Kernels, source: TensorSource) -> None:
+        """Fill with the scales of a matrix' rows."""
+        first = source.present([name_of_matrix(name) for name in piece.sources])[0]
+        if piece.wanted.is_empty or first not in source:  # then the matrix' own target tells
+            return
+        shape, wanted = source.shape_of(first), piece.wanted
+        rows = source.read_slice(first, TensorSlice(shape, wanted.dim, wanted.start, wanted.stop))  # for a second time
+        for run, values in chunks(piece.run, rows):
+            self._stager.copy(run, quantizer.int8_scales(values))
+
+
+def refuse_quantized(directory: Path, stored: str, wanted: str) -> None:
+    """Raise ValueError if a checkpoint's matrices have a quantization that is not wanted, and cannot be undone."""
+    if stored not in ("none", wanted):
+        raise ValueError(
+            f"{directory}: its matrices are {stored}: only serve and shard --quantization {stored} read it"
+        )
 
 
 def refuse_extras(targets: list[Target], source: TensorSource) -> None:
     """Raise ValueError, naming file and tensor, if `source` has a tensor that is none of the model's."""
     for problem in source.extras({name for target in targets for name in target.all_sources()}):
         raise ValueError(problem)
+
+
+def _refuse_unequal(values: Tensor, source: TensorSource, names: tuple[str, list[str]], wanted: TensorSlice) -> None:
+    """Raise ValueError if others than the first of a tensor's names have other values."""
+    first, others = names
+    for other in others:
+        if not torch.equal(values, source.read(other, wanted, values.dtype)):
+            raise ValueError(tie_problem(source, first, other))
 
 
 def narrows(run: Tensor, values: Tensor) -> bool:

@@ -58,8 +58,12 @@ def fill_files(
     return counts
 
 
+def _is_convertible(target: Target) -> bool:
+    return target.tensor.is_floating_point() and not target.is_scale
+
+
 def _describe(target: Target, dtype: torch.dtype | None) -> TensorMetadata:
-    stored = dtype if dtype is not None and target.tensor.is_floating_point() else target.tensor.dtype
+    stored = dtype if dtype is not None and _is_convertible(target) else target.tensor.dtype
     return TensorMetadata(
         name=target.name,
         dtype=DTYPE_NAMES[stored],

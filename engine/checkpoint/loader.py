@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from engine.checkpoint.agreement import GroupAgreement
-from engine.checkpoint.distributor import WeightDistributor, refuse_extras
+from engine.checkpoint.distributor import WeightDistributor, refuse_extras, refuse_quantized
 from engine.checkpoint.integrity import CHECKSUM_THREADS, checksum_problem
 from engine.checkpoint.mapped_memory import MappedMemory
 from engine.checkpoint.metadata import CheckpointMetadata, FileMetadata, TensorMetadata
@@ -112,6 +112,8 @@ class DistributedCheckpointLoader:
         metadata = CheckpointMetadata.parse(content, directory / METADATA_FILE)
         metadata_seconds = time.perf_counter() - began
         targets = targets_of(model)
+        wanted = "none" if all(target.quantizer is None for target in targets) else "int8"
+        refuse_quantized(directory, metadata.quantization, wanted)
         checked = list(self._files_to_check(metadata))
         self._meter.start(sum(target.tensor.nbytes for target in targets) + sum(file.size for file in checked))
         self._check(directory, checked)

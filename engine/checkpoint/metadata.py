@@ -148,7 +148,9 @@ class CheckpointMetadata:
         sizes = Counter[str]()
         for tensor in tensors:
             sizes[tensor.dtype] += math.prod(tensor.shape)
-        floating = [TORCH_DTYPES[name] for name, _ in sizes.most_common() if TORCH_DTYPES[name].is_floating_point]
+        types = [TORCH_DTYPES[name] for name, _ in sizes.most_common()]
+        floating = [dtype for dtype in types if dtype.is_floating_point]
+        weights = types if _quantization_of(tensors) == "int8" else floating
         identity = new_checksum()
         content = [self.model_name, self.step, self.config, tensors]
         identity.update(msgspec.json.encode(content, enc_hook=str))  # what JSON cannot hold is refused elsewhere
@@ -156,7 +158,7 @@ class CheckpointMetadata:
             self,
             checkpoint_id=identity.hexdigest(),
             model_size=sizes.total(),
-            dtype=str(floating[0]).removeprefix("torch.") if floating else "",
+            dtype=str(weights[0]).removeprefix("torch.") if weights else "",
             tp_size=tp_size,
             files=(),
             tensors=tensors,
@@ -166,6 +168,11 @@ class CheckpointMetadata:
     def file_texts(self, rank: int, index: int) -> dict[str, str]:
         """Return the texts in the header of a rank's file, which tell it from all others."""
         return file_texts(self.checkpoint_id, rank, self.tp_size, index)
+
+    @cached_property
+    def quantization(self) -> str:
+        """Of its matrices, as `--quantization` has it."""
+        return _quantization_of(self.tensors)
 
     @property
     def weight_bytes(self) -> int:
@@ -192,6 +199,11 @@ class CheckpointMetadata:
     def tensors_in(self, file: FileMetadata) -> Iterator[TensorMetadata]:
         """Yield the tensors that a file holds a part of, in order."""
         return (tensor for tensor in self.tensors if tensor.file_index == file.index)
+
+
+def _quantization_of(tensors: Iterable[TensorMetadata]) -> str:
+    is_int8 = any(tensor.dtype == "I8" and tensor.name.endswith(".weight") for tensor in tensors)
+    return "int8" if is_int8 else "none"
 
 
 def file_texts(checkpoint_id: str, rank: int, tp_size: int, index: int) -> dict[str, str]:

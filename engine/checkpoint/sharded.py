@@ -59,6 +59,7 @@ class ShardedFiles(TensorSource):
     ) -> None:
         self.directory = directory
         self.metadata = metadata
+        self.quantization = metadata.quantization
         self._use_memory_map = use_memory_map
         self._near = near % metadata.tp_size
         self._check = check

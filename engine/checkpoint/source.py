@@ -22,6 +22,7 @@ class TensorSource(ABC):
     """
 
     bytes_read: int = 0  # what `read` has handed out
+    quantization: str = "none"  # of its matrices, as `--quantization` has it
 
     @abstractmethod
     def __contains__(self, name: str) -> bool: ...

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from engine.checkpoint.distributor import WeightDistributor
+from engine.checkpoint.distributor import WeightDistributor, refuse_quantized
 from engine.checkpoint.problems import header_problems
 from engine.checkpoint.source import TensorSource
 from engine.checkpoint.sources import open_source
@@ -48,19 +48,20 @@ class StoredModel:
         with open_source(directory) as source:
             yield cls(directory, raw_config, config, source)
 
-    def targets(self, tp_size: int, dtype: torch.dtype | None = None) -> list[Target]:
+    def targets(self, tp_size: int, dtype: torch.dtype | None = None, quantization: str = "none") -> list[Target]:
         """Return the tensors of each of `tp_size` ranks, without memory behind them.
 
         They are of type `dtype`, or as they are stored; parts of one tensor that are stored in several types have the
-        smallest that holds all their values.
+        smallest that holds all their values. Matrices are as `--quantization` has them.
 
         Raises:
             ValueError: if the model cannot be split so, or naming the file and the tensor, if it could not be served.
         """
         self.config.check_tensor_parallel_size(tp_size)
-        for problem in header_problems(self.build(1), self.source):
+        for problem in header_problems(self.build(1, self.source.quantization), self.source):
             raise ValueError(problem)
-        return [self._retyped(target, dtype) for target in targets_of(self.build(tp_size))]
+        refuse_quantized(self.directory, self.source.quantization, quantization)
+        return [self._retyped(target, dtype) for target in targets_of(self.build(tp_size, quantization))]
 
     def read(self, target: Target, tp_rank: int, tp_size: int) -> Target:
         """Return one of `targets` with a rank's values in it, padding included.
@@ -72,13 +73,14 @@ class StoredModel:
         WeightDistributor(tp_rank, tp_size, Stager(filled.tensor.device)).fill_target(filled, self.source)
         return filled
 
-    def build(self, tp_size: int) -> LlamaForCausalLM:
+    def build(self, tp_size: int, quantization: str) -> LlamaForCausalLM:
         """Return one of `tp_size` ranks' model, without memory behind it."""
         dtype = getattr(torch, self.config.dtype)
-        return build_model(self.config, CommunicationHandler.place(0, tp_size, META), device=META, dtype=dtype)
+        group = CommunicationHandler.place(0, tp_size, META)
+        return build_model(self.config, group, device=META, dtype=dtype, quantization=quantization)
 
     def _retyped(self, target: Target, dtype: torch.dtype | None) -> Target:
-        if not target.tensor.is_floating_point():
+        if target.is_scale or not target.tensor.is_floating_point():
             return target
         return replace(target, tensor=target.tensor.detach().to(dtype or self._stored_dtype(target)))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from engine.kernels.base import Kernels
 from engine.parallel.base import ShardPart, ShardSpec, TensorParallelLayer
 
 
@@ -54,6 +55,12 @@ class Target:
     tensor: Tensor
     spec: ShardSpec
     names: list[str]
+    quantizer: Kernels | None = None  # rounds to int8: of int8 matrices, and of the scales of their rows
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it holds the scales of an int8 matrix."""
+        return self.quantizer is not None and self.tensor.is_floating_point()
 
     @property
     def name(self) -> str:
@@ -111,7 +118,10 @@ def targets_of(model: nn.Module) -> list[Target]:
             raise ValueError(f"tensor {name} is state of another kind, which checkpoints cannot hold")
         names_of.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    return [Target(tensors[key], _spec_of(model, names[0]), names) for key, names in names_of.items()]
+    return [
+        Target(tensors[key], _spec_of(model, names[0]), names, _quantizer_of(model, names[0]))
+        for key, names in names_of.items()
+    ]
 
 
 def source_name(name: str, part: ShardPart | None) -> str:
@@ -120,6 +130,19 @@ def source_name(name: str, part: ShardPart | None) -> str:
         return name
     *modules, _, own_name = name.split(".")
     return ".".join((*modules, part.source, own_name))
+
+
+def name_of_matrix(scale_name: str) -> str:
+    """Return the name of the matrix whose scales have a name."""
+    return scale_name.removesuffix("_scale")
+
+
+def _quantizer_of(model: nn.Module, name: str) -> Kernels | None:
+    module_name, _, own_name = name.rpartition(".")
+    layer = model.get_submodule(module_name)
+    if not isinstance(layer, TensorParallelLayer) or "weight_scale" not in layer.shard_specs:
+        return None
+    return layer.kernels if own_name in ("weight", "weight_scale") else None
 
 
 def _spec_of(model: nn.Module, name: str) -> ShardSpec:

@@ -178,10 +178,10 @@ def _file_problems(paths: list[Path]) -> Iterator[str]:
 def _model_problems(directory: Path) -> Iterator[str]:
     """Yield where names, types and shapes are others than the configuration asks for."""
     with StoredModel.open(str(directory)) as model:
-        yield from header_problems(model.build(1), model.source)
+        yield from header_problems(model.build(1, model.source.quantization), model.source)
 
 
 def _number_problems(directory: Path) -> Iterator[str]:
     """Yield where numbers are wrong: those of tied tensors, and those that the configuration's type cannot hold."""
     with StoredModel.open(str(directory)) as model:
-        yield from value_problems(model.build(1), model.source)
+        yield from value_problems(model.build(1, model.source.quantization), model.source)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.distributor import refuse_quantized
 from engine.checkpoint.integrity import checksum_problems
 from engine.checkpoint.metadata import CheckpointMetadata
 from engine.checkpoint.problems import header_problems, value_problems
+from engine.checkpoint.source import TensorSource
 from engine.checkpoint.sources import open_source
 from engine.communication.handler import CommunicationHandler
 from engine.doctor.software import CPUINFO, cpu_flags, has_half_precision
@@ -119,10 +121,13 @@ def _checksums(subject: Subject) -> Finding:
 
 
 def _tensors(subject: Subject) -> Finding:
-    model = _whole_model(subject)
+    subject.usable_model()
     if not subject.are_files_whole:
         raise MissingBasisError("whole weight files")
-    with open_source(Path(subject.engine.model)) as source:
+    directory = Path(subject.engine.model)
+    with open_source(directory) as source:
+        refuse_quantized(directory, source.quantization, subject.engine.quantization)
+        model = _stored_model(subject, source)
         problems = list(islice(header_problems(model, source), SHOWN_PROBLEMS + 1))
     if problems:
         more = ["…"] if len(problems) > SHOWN_PROBLEMS else []
@@ -136,17 +141,18 @@ def _values(subject: Subject) -> Finding:
     if not subject.are_weights_whole:
         raise MissingBasisError("whole weights")
     with open_source(Path(subject.engine.model)) as source:
-        problems = list(islice(value_problems(_whole_model(subject), source), 1))
+        problems = list(islice(value_problems(_stored_model(subject, source), source), 1))
     if problems:
         return failure(problems[0])
     return ok("tied tensors are equal, and what float16 would round fits it, where there are such")
 
 
-def _whole_model(subject: Subject) -> LlamaForCausalLM:
-    """Return the model as one rank would hold it, without memory behind it."""
+def _stored_model(subject: Subject, source: TensorSource) -> LlamaForCausalLM:
+    """Return the model as one rank would hold it, but for matrices that are yet to be quantized, without memory."""
     device = torch.device("meta")
     config = subject.usable_model()
-    return build_model(config, CommunicationHandler(device), device=device, dtype=choose_dtype(subject.engine, config))
+    dtype, group = choose_dtype(subject.engine, config), CommunicationHandler(device)
+    return build_model(config, group, device=device, dtype=dtype, quantization=source.quantization)
 
 
 def _dtype(subject: Subject) -> Finding:

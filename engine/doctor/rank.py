@@ -140,7 +140,8 @@ def _capacity(spec: RankSpec, group: CommunicationHandler) -> Capacity:
     """Build this rank's shard without memory behind it, and compute what it would take."""
     config = ModelConfig.from_directory(spec.engine.model)
     dtype = choose_dtype(spec.engine, config)
-    model = build_model(config, group, device=torch.device("meta"), dtype=dtype)
+    meta, quantization = torch.device("meta"), spec.engine.quantization
+    model = build_model(config, group, device=meta, dtype=dtype, quantization=quantization)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     bytes_per_token = weight_bytes - _unread_bytes(model)
     num_ranks = ranks_on_host(spec.engine)

@@ -64,7 +64,11 @@ class ShardSpec:
 
 
 class TensorParallelLayer(nn.Module):
-    """Base of the parallel layers. `shard_specs` has one entry for each of the layer's own parameters, by its name."""
+    """Base of the parallel layers. `shard_specs` has one entry for each of the layer's own parameters, by its name.
+
+    Layers with a matrix, `weight`, have a `weight_scale` beside it, None unless the matrix is int8; see
+    `engine.parallel.quantization`.
+    """
 
     shard_specs: dict[str, ShardSpec]
     kernels: Kernels = TORCH_KERNELS

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.communication.handler import CommunicationHandler
 from engine.parallel.base import ShardSpec, TensorParallelLayer, split_evenly
@@ -34,15 +34,23 @@ class VocabParallelEmbedding(TensorParallelLayer):
         self.first_id = group.rank * part.local_size
         shape = (part.local_size, hidden_size)
         self.weight = self.create_parameter("weight", shape, ShardSpec(0, (part,)), device=device, dtype=dtype)
+        self.weight_scale: nn.Parameter | None = None
+        self.dtype = dtype
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Map ids `[num_tokens]`, each in `0 <= id < vocab_size`, to `[num_tokens, hidden_size]` on every rank."""
         if self.group.world_size == 1:
-            return F.embedding(token_ids, self.weight)
+            return self._rows(token_ids)
         local_ids = token_ids - self.first_id
         elsewhere = (local_ids < 0) | (local_ids >= self.weight.shape[0])
-        rows = F.embedding(local_ids.masked_fill(elsewhere, 0), self.weight)
+        rows = self._rows(local_ids.masked_fill(elsewhere, 0))
         return reduce_from_group(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+    def _rows(self, local_ids: Tensor) -> Tensor:
+        rows = F.embedding(local_ids, self.weight)
+        if self.weight_scale is None:
+            return rows
+        return (rows * self.weight_scale[local_ids].unsqueeze(-1)).to(self.dtype)
 
 
 class ParallelLMHead(TensorParallelLayer):
@@ -58,6 +66,7 @@ class ParallelLMHead(TensorParallelLayer):
 
     def __init__(self, embedding: VocabParallelEmbedding, *, tied: bool) -> None:
         super().__init__(embedding.group)
+        self.weight_scale: nn.Parameter | None = None
         spec, weight = embedding.shard_specs["weight"], embedding.weight
         if tied:
             self.shard_specs["weight"] = spec
@@ -71,4 +80,4 @@ class ParallelLMHead(TensorParallelLayer):
 
         They are float32 at least, whatever the model's type.
         """
-        return self.kernels.logits(copy_to_group(hidden, self.group), self.weight)
+        return self.kernels.logits(copy_to_group(hidden, self.group), self.weight, self.weight_scale)

@@ -45,6 +45,7 @@ class ColumnParallelLinear(TensorParallelLayer):
         spec = ShardSpec(0, tuple(parts))
         self.spec = spec
         self.weight = self.create_parameter("weight", (spec.local_size, in_features), spec, device=device, dtype=dtype)
+        self.weight_scale: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = self.create_parameter("bias", (spec.local_size,), spec, device=device, dtype=dtype)
@@ -53,7 +54,7 @@ class ColumnParallelLinear(TensorParallelLayer):
         """Map `[num_tokens, in_features]`, the same on all ranks, to this rank's `[num_tokens, local_out_features]`."""
         weight = sum_replica_gradients(self.weight, self.spec, self.group)
         bias = None if self.bias is None else sum_replica_gradients(self.bias, self.spec, self.group)
-        return self.kernels.linear(copy_to_group(x, self.group), weight, bias)
+        return self.kernels.linear(copy_to_group(x, self.group), weight, bias, self.weight_scale)
 
 
 class RowParallelLinear(TensorParallelLayer):
@@ -87,6 +88,7 @@ class RowParallelLinear(TensorParallelLayer):
         self.reduce = reduce
         shape = (out_features, part.local_size)
         self.weight = self.create_parameter("weight", shape, ShardSpec(1, (part,)), device=device, dtype=dtype)
+        self.weight_scale: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = self.create_parameter("bias", (out_features,), ShardSpec(), device=device, dtype=dtype)
@@ -100,8 +102,8 @@ class RowParallelLinear(TensorParallelLayer):
             ValueError: when the tokens of a reduce-scatter are no multiple of the ranks.
         """
         if self.group.world_size == 1:
-            return self.kernels.linear(x, self.weight, self.bias)
-        partial = self.kernels.linear(x, self.weight)
+            return self.kernels.linear(x, self.weight, self.bias, self.weight_scale)
+        partial = self.kernels.linear(x, self.weight, None, self.weight_scale)
         if self.reduce == "all_reduce":
             y = reduce_from_group(partial, self.group)
             return y if self.bias is None else y + self.bias

@@ -9,6 +9,7 @@ import msgspec
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLLECTIVES = ("auto", "shared-memory", "gloo")
+QUANTIZATIONS = ("none", "int8")
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
@@ -68,6 +69,11 @@ class EngineConfig:
         "auto",
         "type of weights and arithmetic; auto takes the checkpoint's",
         choices=MODEL_DTYPES,
+    )
+    quantization: str = option(
+        "none",
+        "type of the matrices in memory; int8 takes half of bfloat16's memory and time, and rounds while loading",
+        choices=QUANTIZATIONS,
     )
     kernels: str = option(
         "auto",

@@ -126,7 +126,7 @@ def _load(
     config = ModelConfig.from_directory(spec.engine.model)
     config.check_tensor_parallel_size(group.world_size)
     dtype = choose_dtype(spec.engine, config)
-    model = build_model(config, group, device=device, dtype=dtype)
+    model = build_model(config, group, device=device, dtype=dtype, quantization=spec.engine.quantization)
     kernels = choose_kernels(spec.engine, device, dtype, placement)
     if spec.engine.batch_invariant:
         check_batch_invariance(device, dtype, kernels, group)

@@ -23,8 +23,8 @@ from server.model_source.model_files import weight_files
 CACHE_VERSION = 1  # changes with what entries hold
 LEAST_FREE = 0.1  # of the disk, which is left to others
 PADDING = 1.02  # an entry's size over its weights': padding, and tensors that every rank holds
-ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_ENTRY = re.compile(r"[\w.-]+-tp\d+-(?:float32|bfloat16|float16)-[0-9a-f]{12}")
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_ENTRY = re.compile(r"[\w.-]+-tp\d+-(?:float32|bfloat16|float16)(?:-int8)?-[0-9a-f]{12}")
 _HUB_FOLDER = re.compile(r"models--(.+)")
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class CacheKey:
     tensor_parallel_size: int
     dtype: str
     stored_dtype: str  # of most weights in the source
+    quantization: str = "none"  # of the matrices, as `--quantization` has it
 
     @property
     def weight_bytes(self) -> int:
@@ -52,7 +53,7 @@ class CacheKey:
     @property
     def entry_bytes(self) -> int:
         """About the size of the entry. Raises what `weight_bytes` raises."""
-        return int(self.weight_bytes * PADDING * ITEM_SIZES[self.dtype] / ITEM_SIZES[self.stored_dtype])
+        return int(self.weight_bytes * PADDING * ITEM_SIZES[self._matrix_dtype] / ITEM_SIZES[self.stored_dtype])
 
     @property
     def name(self) -> str:
@@ -64,7 +65,15 @@ class CacheKey:
             [(name, status.st_size, status.st_mtime_ns) for name, status in files],
         ]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-        return f"{self._label()}-tp{self.tensor_parallel_size}-{self.dtype}-{digest}"
+        return f"{self._label()}-tp{self.tensor_parallel_size}-{self._stored_as}-{digest}"
+
+    @property
+    def _matrix_dtype(self) -> str:
+        return self.dtype if self.quantization == "none" else self.quantization
+
+    @property
+    def _stored_as(self) -> str:
+        return self.dtype if self.quantization == "none" else f"{self.dtype}-{self.quantization}"
 
     def _label(self) -> str:
         """Return a name for people: the directory's, or the hub's, whose directories are called by hashes."""

@@ -64,6 +64,7 @@ def find_entry(directory: Path, engine: EngineConfig, model: ModelConfig, config
         tensor_parallel_size=engine.tensor_parallel_size,
         dtype=model.dtype if engine.dtype == "auto" else engine.dtype,
         stored_dtype=model.dtype,
+        quantization=engine.quantization,
     )
     try:
         if key.weight_bytes < SMALLEST_MODEL:
@@ -173,6 +174,7 @@ class ShardedWeights:
             destination=str(entry.directory),
             tensor_parallel_size=entry.key.tensor_parallel_size,
             dtype=entry.key.dtype,
+            quantization=entry.key.quantization,
             progress=False,
         )
         problem = self._writer.run(command, (lock.fileno(),))
