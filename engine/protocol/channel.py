@@ -13,11 +13,16 @@ import zmq.asyncio
 from engine.protocol.codec import Decoder, encode
 from engine.protocol.messages import GroupStatus, Message, StatsReport, TokenBatch
 
+RECONNECT_MILLISECONDS = (
+    5  # ZeroMQ's own 100 would pass at each start in which an end connects before the other listens
+)
+
 
 def _configure(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MILLISECONDS)
 
 
 def _bind(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket", endpoint: str) -> str:

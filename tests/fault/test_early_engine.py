@@ -1,0 +1,127 @@
+"""The engine's process that starts before it is known what to run: it ends with whatever started it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from engine.orchestrator.launcher import ONE_THREAD
+from server.__main__ import will_serve
+from server.early_engine import EarlyEngine
+from tests.leftovers import Leftovers
+from tests.service_process import wait_until
+
+MAIN = (sys.executable, "-P", "-m", "server")
+SPIES = """
+import subprocess, sys
+started = []
+subprocess.Popen = lambda command, *_, **__: started.append(command)
+sys.argv = ["ryzanstein", *sys.argv[1:]]
+from engine.orchestrator.launcher import ONE_THREAD
+from server.__main__ import main
+try:
+    main()
+finally:
+    print(started, file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def leftovers() -> Iterator[Leftovers]:
+    with Leftovers() as leftovers:
+        yield leftovers
+
+
+def processes_of(leftovers: Leftovers) -> list[psutil.Process]:
+    """Return what runs with the variables of `leftovers`, whoever is its parent."""
+    folder, found = str(leftovers.folder), []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == folder:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_a_mistake_in_the_options_leaves_no_process(leftovers: Leftovers) -> None:
+    environment = {**os.environ, **leftovers.environment}
+    done = subprocess.run([*MAIN, "serve", "--nonsense"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "ryzanstein: error: unrecognized arguments: --nonsense (see ryzanstein serve --help)\n"
+    assert processes_of(leftovers) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_engine_is_told_anything_leaves_no_process(
+    number: signal.Signals, leftovers: Leftovers
+) -> None:
+    environment = {**os.environ, **leftovers.environment}
+    with subprocess.Popen([*MAIN, "serve", "--port", "0"], env=environment, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: len(processes_of(leftovers)) > 1, 30)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == (-number if number == signal.SIGKILL else 0)
+    assert errors == b""
+    wait_until(lambda: processes_of(leftovers) == [], 10)
+
+
+def test_an_engine_that_was_told_nothing_is_stopped_with_its_rank() -> None:
+    engine = EarlyEngine()
+    process = psutil.Process(engine._process.pid)
+    wait_until(lambda: len(process.children()) == 1, 30)
+    processes = [process, *process.children()]
+    engine.stop()
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
+    engine = EarlyEngine()
+    process = psutil.Process(engine._process.pid)
+    wait_until(lambda: len(process.children()) == 1, 30)
+    [rank] = process.children()
+    process.kill()
+    assert psutil.wait_procs([rank], timeout=10)[1] == []
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "serves"),
+    [
+        (["serve"], True),
+        (["serve", "MODEL", "-tp", "2"], True),
+        (["serve", "--help"], False),
+        (["serve", "MODEL", "-h"], False),
+        (["doctor"], False),
+        (["checkpoint", "inspect", "serve"], False),
+        (["--version"], False),
+        ([], False),
+    ],
+)
+def test_only_serving_starts_an_engine_early(arguments: list[str], serves: bool) -> None:
+    assert will_serve(arguments) == serves
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["checkpoint", "--help"], ["--version"]])
+def test_help_starts_nothing(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", SPIES, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_what_starts_first_imports_nothing_that_takes_long() -> None:
+    program = (
+        "import sys, server.__main__; print(*({'msgspec', 'zmq', 'torch', 'pydantic', 'yaml'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_what_ranks_are_forked_from_has_one_thread() -> None:
+    program = "import os, engine.worker.rank; print(len(os.listdir('/proc/self/task')))"
+    environment = {**os.environ, **ONE_THREAD}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "1\n"
