@@ -13,9 +13,8 @@ import zmq.asyncio
 from engine.protocol.codec import Decoder, encode
 from engine.protocol.messages import GroupStatus, Message, StatsReport, TokenBatch
 
-RECONNECT_MILLISECONDS = (
-    5  # ZeroMQ's own 100 would pass at each start in which an end connects before the other listens
-)
+# Until an end that connected before the other listened tries again. ZeroMQ's own 100 would be part of most starts.
+RECONNECT_MILLISECONDS = 5
 
 
 def _configure(socket: "zmq.Socket[bytes] | zmq.asyncio.Socket") -> None:
