@@ -11,9 +11,9 @@ import httpx
 import pytest
 import trustme
 
-from engine.protocol.commands import BenchLoadCommand
 from engine.protocol.config import EMBEDDED_MODEL, EngineConfig
 from engine.protocol.model_directory import step_directory
+from server.bench_commands import COMMANDS as BENCH_COMMANDS
 from server.checkpoint_commands import COMMANDS
 from server.config import ServerConfig
 from server.options import options_of
@@ -125,12 +125,12 @@ def test_every_option_is_in_the_guide_or_the_page_for_those_who_know_vllm() -> N
 def test_every_option_of_the_checkpoint_and_bench_commands_is_in_the_guide() -> None:
     guide = (DOCS / "guide.md").read_text()
     flags = {option.flag for command in COMMANDS for option in command.options}
-    flags |= {option.flag for option in options_of(BenchLoadCommand)[1:]}
+    flags |= {option.flag for command in BENCH_COMMANDS for option in command.options}
     assert sorted(flag for flag in flags if flag not in guide.replace("--no-", "--")) == []
 
 
 def test_every_option_in_the_guide_is_one() -> None:
-    configs = (EngineConfig, ServerConfig, BenchLoadCommand, *(command.config for command in COMMANDS))
+    configs = (EngineConfig, ServerConfig, *(command.config for command in (*COMMANDS, *BENCH_COMMANDS)))
     options = [option for config in configs for option in options_of(config)]
     known = {option.flag for option in options}
     known |= {f"--no-{option.flag[2:]}" for option in options if option.type is bool}
