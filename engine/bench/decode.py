@@ -42,7 +42,7 @@ def measure_decode(command: BenchDecodeCommand) -> DecodeBenchmark:
     subject = _Subject.open(command)
     with contextlib.ExitStack() as stack:
         setups = [stack.enter_context(_Setup(subject, *where)) for where in _places(command)]
-        meter = _Limits(tuple(sorted({1, *(setup.cores for setup in setups)})), subject.dtype)
+        meter = _Limits(tuple(sorted({1, *(setup.cores for setup in setups)})), subject.product_dtype)
         for setup in setups:
             setup.fill_cache()
         for turn, row in product(range(command.runs), subject.rows):
@@ -58,6 +58,7 @@ def measure_decode(command: BenchDecodeCommand) -> DecodeBenchmark:
     return DecodeBenchmark(
         path=subject.directory,
         dtype=subject.dtype,
+        quantization=command.quantization,
         kernels=command.kernels,
         runs=command.runs,
         steps=command.steps,
@@ -111,6 +112,11 @@ class _Subject:
         return subject
 
     @property
+    def product_dtype(self) -> str:
+        """The type in which matrices are multiplied."""
+        return "int8" if self.command.quantization == "int8" else self.dtype
+
+    @property
     def longest_sequence(self) -> int:
         return max(context + self.new_tokens for _, _, context in self.rows)
 
@@ -134,6 +140,7 @@ class _Subject:
             tensor_parallel_size=tp_size,
             device="cpu",
             dtype=self.command.dtype,
+            quantization=self.command.quantization,
             kernels=self.command.kernels,
             batch_invariant=batch_invariant,
             max_num_seqs=self.most_sequences,
@@ -185,7 +192,7 @@ class _Setup:
         self._batch_invariant = batch_invariant
         self._tp_size, self._threads = tp_size, threads
         self.cores = min(tp_size * threads, host.num_cpus())
-        self.costs = ModelCosts.of(subject.config, tp_size, getattr(torch, subject.dtype))
+        self.costs = ModelCosts.of(subject.config, tp_size, getattr(torch, subject.dtype), subject.command.quantization)
         self._engine = EngineProcess(subject.engine(tp_size, batch_invariant), threads)
         self._turns: dict[_Kind, list[_Turn]] = {row: [] for row in subject.rows}
 
@@ -225,7 +232,7 @@ class _Setup:
 
     def keep(self, row: _Kind, measured: tuple[float, float], before: _Rates, after: _Rates) -> None:
         """Keep what was measured, with the limits before and after."""
-        pairs = [(before[kind, self.cores], after[kind, self.cores]) for kind in (READ, self._subject.dtype)]
+        pairs = [(before[kind, self.cores], after[kind, self.cores]) for kind in (READ, self._subject.product_dtype)]
         read_rate, multiply_rate = map(statistics.fmean, pairs)
         is_steady = all(max(pair) <= STEADY * min(pair) for pair in pairs)
         self._turns[row].append(_Turn(*measured, read_rate, multiply_rate, is_steady))

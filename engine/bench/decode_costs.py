@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
@@ -33,19 +34,21 @@ class ModelCosts:
     kv_token_bytes: int  # keys and values of one token
 
     @classmethod
-    def of(cls, config: ModelConfig, tp_size: int, dtype: torch.dtype) -> "ModelCosts":
-        """Return them for a model on `tp_size` ranks, in `dtype`."""
+    def of(cls, config: ModelConfig, tp_size: int, dtype: torch.dtype, quantization: str = "none") -> "ModelCosts":
+        """Return them for a model on `tp_size` ranks, in `dtype`, its matrices as `--quantization` has them."""
         meta = torch.device("meta")
-        model = build_model(config, CommunicationHandler.place(0, tp_size, meta), device=meta, dtype=dtype)
-        head = model.lm_head.weight
+        place = CommunicationHandler.place(0, tp_size, meta)
+        model = build_model(config, place, device=meta, dtype=dtype, quantization=quantization)
+        embedding = model.model.embed_tokens.weight
+        head = list(model.lm_head.parameters())
         blocks = list(model.model.layers.parameters())
         norm = list(model.model.norm.parameters())
         kv_heads = config.local_kv_heads(tp_size)
         return cls(
-            weight_bytes=tp_size * sum(parameter.nbytes for parameter in (*blocks, *norm, head)),
-            embedding_row_bytes=config.hidden_size * dtype.itemsize,
-            block_numbers=tp_size * sum(parameter.numel() for parameter in blocks if parameter.ndim == 2),
-            head_numbers=tp_size * head.numel(),
+            weight_bytes=tp_size * sum(parameter.nbytes for parameter in (*blocks, *norm, *head)),
+            embedding_row_bytes=config.hidden_size * embedding.itemsize,
+            block_numbers=tp_size * _matrix_numbers(blocks),
+            head_numbers=tp_size * _matrix_numbers(head),
             kv_token_bytes=tp_size * block_bytes(config, block_size=1, num_kv_heads=kv_heads, dtype=dtype),
         )
 
@@ -62,3 +65,7 @@ class ModelCosts:
             read_bytes=round(self.weight_bytes + tokens * self.embedding_row_bytes + kv_tokens * self.kv_token_bytes),
             operations=2 * (tokens * self.block_numbers + logit_rows * self.head_numbers),
         )
+
+
+def _matrix_numbers(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.ndim == 2)

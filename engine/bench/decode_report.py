@@ -78,6 +78,7 @@ class DecodeBenchmark:
 
     path: str
     dtype: str
+    quantization: str
     kernels: str
     runs: int
     steps: int
@@ -96,7 +97,8 @@ class DecodeBenchmark:
         return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
 
     def _head(self) -> Iterator[str]:
-        yield f"{self.path} in {self.dtype}, kernels {self.kernels}; {runs_words(self.runs)} of {self.steps} steps"
+        how = f"{self.dtype}, quantization {self.quantization}, kernels {self.kernels}"
+        yield f"{self.path} in {how}; {runs_words(self.runs)} of {self.steps} steps"
         yield from NOTES
 
     def _setup_lines(self, setup: SetupReport) -> Iterator[str]:

@@ -123,6 +123,7 @@ class BenchDecodeCommand:
     compare: bool = option(False, "also measure one rank, with the threads of one of them and of all, in turns")
     dtype: str = option("auto", "type of weights and arithmetic; auto takes the checkpoint's", choices=MODEL_DTYPES)
     kernels: str = option("auto", "what computes on a CPU; auto takes the fastest that there is", choices=KERNELS)
+    quantization: str = option("none", "type of the matrices in memory", choices=QUANTIZATIONS)
     batch_invariant: bool = option(False, "compute as serve --batch-invariant does, and also without, in turns")
     json: bool = option(False, "write one JSON document instead of a table")
 

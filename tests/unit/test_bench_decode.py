@@ -77,6 +77,14 @@ def test_biases_are_read_and_multiply_nothing() -> None:
     assert biased.block_numbers == plain.block_numbers
 
 
+def test_int8_matrices_are_a_byte_a_number_and_a_scale_a_row() -> None:
+    plain = costs(dtype=torch.bfloat16)
+    int8 = ModelCosts.of(model_config(num_hidden_layers=2), 1, torch.bfloat16, "int8")
+    rows = 2 * (16 + 2 * 8 + 16 + 2 * 32 + 16) + 100
+    assert int8.weight_bytes == 2 * BLOCK + HEAD + 4 * rows + 2 * NORMS
+    assert int8.decode(3, 50).operations == plain.decode(3, 50).operations
+
+
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +203,7 @@ SETUP = SetupReport(
 BENCHMARK = DecodeBenchmark(
     path="model",
     dtype="bfloat16",
+    quantization="none",
     kernels="auto",
     runs=1,
     steps=16,
