@@ -35,6 +35,7 @@ def setup(directory: Path, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_kernels_compile_without_a_warning(tmp_path: Path) -> None:
     paths = compile_kernels(tmp_path / "kernels", warnings_are_errors=True)
