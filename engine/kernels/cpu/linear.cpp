@@ -1,9 +1,9 @@
 // y = x w^T + b on row-major weights [out_features, in_features], as they lie in the file.
 //
-// Weights are read once for a block of tokens, in the order of memory: a tile of outputs (linear_tile.h) takes a few rows at a
-// time, passes over them once for each few tokens, and meanwhile the rows that come next are fetched. Tokens are copied
-// beforehand into the order in which tiles read them, a block at a time that stays in the second-level cache; each thread
-// does that for itself, which is cheaper than waiting for one another.
+// Weights are read once for a block of tokens, in the order of memory: a tile of outputs (linear_tile.h) takes a few
+// rows at a time, passes over them once for each few tokens, and meanwhile the rows that come next are fetched. Tokens
+// are copied beforehand into the order in which tiles read them, a block at a time that stays in the second-level
+// cache; each thread does that for itself, which is cheaper than waiting for one another.
 #include "linear_tile.h"
 
 #include <algorithm>
@@ -13,7 +13,6 @@
 #include <new>
 
 #include "export.h"
-#include "simd.h"
 #include "thread_pool.h"
 
 namespace {
@@ -23,9 +22,11 @@ constexpr int kRows = 6, kTokens = 4;  // of the largest tile: 24 of 32 register
 #else
 constexpr int kRows = 3, kTokens = 4;  // 12 of 16
 #endif
-constexpr int64_t kChunkBytes = 96 << 10;   // of weights: what a thread claims at a time
+constexpr int64_t kChunkBytes = 48 << 10;   // of weights: what a thread claims at a time
 constexpr int64_t kAloneBytes = 64 << 10;   // below it, of all tokens' work: the calling thread computes alone
 constexpr int64_t kBlockBytes = 512 << 10;  // of packed tokens: half of the second-level cache
+constexpr int64_t kAheadBytes = 8 << 10;    // at least so far ahead weights are fetched
+constexpr int64_t kPageBytes = 4096;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,25 +71,37 @@ class Linear {
   }
 
   void run(ThreadPool* pool) {
-    pool->parallel_for(std::min<int64_t>(pool->num_threads(), num_chunks_), [this](int64_t) { work(); });
+    num_ranges_ = std::min<int64_t>(pool->num_threads(), num_chunks_);
+    ranges_.reset(new Range[num_ranges_]);
+    for (int64_t i = 0; i < num_ranges_; ++i) {
+      ranges_[i].next.store(num_chunks_ * i / num_ranges_, std::memory_order_relaxed);
+      ranges_[i].stop = num_chunks_ * (i + 1) / num_ranges_;
+    }
+    pool->parallel_for(num_ranges_, [this](int64_t range) { work(range); });
   }
 
  private:
-  // What one thread does.
-  void work() {
+  // Chunks beside one another, so that a thread reads memory in one stream; who has none left helps the others.
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t stop;
+  };
+
+  void work(int64_t own_range) {
     const Packed* packed = nullptr;
     int64_t packed_block = -1;
-    for (int64_t chunk = claim(); chunk < num_chunks_;) {
-      const int64_t block = chunk / num_row_chunks_;
-      const int64_t first_token = block * block_tokens_;
-      const int64_t num_tokens = std::min(block_tokens_, num_tokens_ - first_token);
-      if (block != packed_block) packed = pack(first_token, num_tokens);
-      packed_block = block;
-      chunk = compute(packed, chunk, first_token, num_tokens);
+    for (int64_t i = 0; i < num_ranges_; ++i) {
+      Range& range = ranges_[(own_range + i) % num_ranges_];
+      for (int64_t chunk; (chunk = range.next.fetch_add(1, std::memory_order_relaxed)) < range.stop;) {
+        const int64_t block = chunk / num_row_chunks_;
+        const int64_t first_token = block * block_tokens_;
+        const int64_t num_tokens = std::min(block_tokens_, num_tokens_ - first_token);
+        if (block != packed_block) packed = pack(first_token, num_tokens);
+        packed_block = block;
+        compute(packed, chunk % num_row_chunks_, first_token, num_tokens);
+      }
     }
   }
-
-  int64_t claim() { return next_chunk_.fetch_add(1, std::memory_order_relaxed); }
 
   // Copies a block of tokens into the order in which tiles read them.
   const Packed* pack(int64_t first_token, int64_t num_tokens) const {
@@ -104,53 +117,63 @@ class Linear {
     return packed;
   }
 
-  // Computes a chunk, and claims and returns the next one as soon as it is known where its weights can be fetched.
-  int64_t compute(const Packed* packed, int64_t chunk, int64_t first_token, int64_t num_tokens) {
-    int64_t next = -1;
-    const int64_t stop = std::min(out_features_, first_row(chunk) + chunk_rows_);
-    for (int64_t row = first_row(chunk), rows = 0; row < stop; row += rows) {
-      rows = row + kRows <= stop ? kRows : 1;
-      const T* following = w_ + (row + rows) * in_features_;
-      if (row + rows >= stop) {
-        next = claim();
-        following = next < num_chunks_ ? w_ + first_row(next) * in_features_ : nullptr;
-      }
-      if (rows == kRows) {
-        compute_rows<kRows>(packed, row, following, first_token, num_tokens);
-      } else {
-        compute_rows<1>(packed, row, following, first_token, num_tokens);
-      }
+  void compute(const Packed* packed, int64_t chunk, int64_t first_token, int64_t num_tokens) {
+    // One row at a time is the fastest where there is next to nothing to compute.
+    const int64_t most_rows = num_tokens <= 2 ? 1 : kRows;
+    const int64_t stop = std::min(out_features_, (chunk + 1) * chunk_rows_);
+    int64_t row = chunk * chunk_rows_;
+    if (most_rows == kRows) {
+      for (; row + kRows <= stop; row += kRows) compute_rows<kRows>(packed, row, first_token, num_tokens);
     }
-    return next;
+    for (; row < stop; ++row) compute_rows<1>(packed, row, first_token, num_tokens);
   }
 
-  int64_t first_row(int64_t chunk) const { return chunk % num_row_chunks_ * chunk_rows_; }
-
+  // Passes over R rows once for each few tokens. Meanwhile the rows that follow are fetched, as many lines in each pass
+  // as in any other; what follows these, pages and all, is asked for once before, since a fetch of a page that the
+  // processor has to look up is dropped when it is busy.
   template <int R>
-  void compute_rows(const Packed* packed, int64_t row, const T* following, int64_t first_token, int64_t num_tokens) {
+  void compute_rows(const Packed* packed, int64_t row, int64_t first_token, int64_t num_tokens) {
     const int64_t num_passes = divide_up(num_tokens, kTokens);
-    const int64_t num_lines = R * A::kStep * sizeof(T) / kLineBytes;  // of a step of a tile's rows
-    int64_t lines_left = following == nullptr ? 0 : num_lines;
+    const int64_t num_lines = R * A::kStep * sizeof(T) / kLineBytes;  // of a step of R rows
+    const int64_t num_bytes = std::max<int64_t>(1, R * in_features_ * sizeof(T));
+    const char* const w = reinterpret_cast<const char*>(w_ + row * in_features_);
+    const char* fetch = w + divide_up(kAheadBytes, num_bytes) * num_bytes;
+    int64_t lines_left = num_lines;
     for (int64_t pass = 0; pass < num_passes; ++pass) {
       const int64_t lines = std::min(lines_left, divide_up(num_lines, num_passes));
+      const int64_t bytes = lines * num_steps_ * kLineBytes;
+      touch(fetch + num_bytes, bytes, num_passes > 1);
+      const Fetch fetched{fetch, static_cast<int>(lines), num_passes > 1 ? num_bytes : 0};
       const Packed* const x = packed + pass * kTokens * num_steps_;
-      const int64_t lines_before = (num_lines - lines_left) * num_steps_;
-      const char* const prefetch = reinterpret_cast<const char*>(following) + lines_before * kLineBytes;
       const int64_t token = first_token + pass * kTokens;
       switch (std::min<int64_t>(kTokens, num_tokens - pass * kTokens)) {
-        case 1: compute_tile<R, 1>(x, row, token, prefetch, lines); break;
-        case 2: compute_tile<R, 2>(x, row, token, prefetch, lines); break;
-        case 3: compute_tile<R, 3>(x, row, token, prefetch, lines); break;
-        default: compute_tile<R, kTokens>(x, row, token, prefetch, lines);
+        case 1: compute_tile<R, 1>(x, row, token, fetched); break;
+        case 2: compute_tile<R, 2>(x, row, token, fetched); break;
+        case 3: compute_tile<R, 3>(x, row, token, fetched); break;
+        default: compute_tile<R, kTokens>(x, row, token, fetched);
       }
       lines_left -= lines;
+      fetch += bytes;
+    }
+  }
+
+  // Reads a byte of each page, or asks for it, so that the processor has looked up where the page is.
+  void touch(const char* first, int64_t num_bytes, bool is_read) const {
+    const char* const end = reinterpret_cast<const char*>(w_ + out_features_ * in_features_);
+    const char* const stop = std::min(first + num_bytes, end);
+    for (; first < stop; first += kPageBytes) {
+      if (is_read) {
+        asm volatile("" : : "r"(*reinterpret_cast<const volatile char*>(first)));
+      } else {
+        _mm_prefetch(first, _MM_HINT_T0);
+      }
     }
   }
 
   template <int R, int N>
-  void compute_tile(const Packed* x, int64_t row, int64_t token, const char* prefetch, int64_t num_lines) {
+  void compute_tile(const Packed* x, int64_t row, int64_t token, Fetch fetch) {
     float sums[N * R + kLanes];  // a vector can be loaded from each
-    tile<T, R, N>(sums, w_ + row * in_features_, in_features_, x, in_features_, prefetch, static_cast<int>(num_lines));
+    tile<T, R, N>(sums, w_ + row * in_features_, in_features_, x, in_features_, fetch);
     for (int t = 0; t < N; ++t) {
       Vec sum = load(sums + t * R, R);
       if (bias_ != nullptr) sum = add(sum, load(bias_ + row, R));
@@ -163,8 +186,8 @@ class Linear {
   const T* const w_;
   const T* const bias_;
   const int64_t num_tokens_, out_features_, in_features_, num_steps_;
-  int64_t block_tokens_, chunk_rows_, num_row_chunks_, num_chunks_;
-  std::atomic<int64_t> next_chunk_{0};
+  int64_t block_tokens_, chunk_rows_, num_row_chunks_, num_chunks_, num_ranges_ = 0;
+  std::unique_ptr<Range[]> ranges_;
 };
 
 template <class T, class Y>
@@ -175,8 +198,8 @@ void linear(ThreadPool* pool, Y* y, const T* x, const T* w, const T* bias, int64
 
 }  // namespace
 
-// y [num_tokens, out_features], x [num_tokens, in_features], w [out_features, in_features], bias [out_features] or null.
-// _f32 at the end: y is float32.
+// y [num_tokens, out_features], x [num_tokens, in_features], w [out_features, in_features], bias [out_features] or
+// null. _f32 at the end: y is float32.
 EXPORT void ryz_linear_f32(ThreadPool* pool, float* y, const float* x, const float* w, const float* bias,
                            int64_t num_tokens, int64_t out_features, int64_t in_features) {
   linear(pool, y, x, w, bias, num_tokens, out_features, in_features);

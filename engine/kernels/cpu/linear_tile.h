@@ -1,8 +1,8 @@
 // What the linear kernels do in one step along K, and the tile of outputs that is held in registers.
 //
-// An output is a dot product along K = in_features. Lane l of its accumulator adds up the products that fall to lane l of
-// each step, in the order of K, and the lanes are added as sum_of_lanes adds them. That is so whatever tile an output is
-// computed in, so its bits depend on its row of w and its token alone.
+// An output is a dot product along K = in_features. Lane l of its accumulator adds up the products that fall to lane l
+// of each step, in the order of K, and the lanes are added as sum_of_lanes adds them. That is so whatever tile an
+// output is computed in, so its bits depend on its row of w and its token alone.
 #pragma once
 
 #include "simd.h"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;  // of a cache
 
-// For weights of type T: how many elements of K a step takes (kStep), a step of a row of w as it is loaded (Weights), a step
-// of a token as it is packed beforehand (Tokens), and the products of the two, added to an accumulator.
+// For weights of type T: how many elements of K a step takes (kStep), a step of a row of w as it is loaded (Weights), a
+// step of a token as it is packed beforehand (Tokens), and the products of the two, added to an accumulator.
 template <class T>
 struct Arithmetic;
 
@@ -47,8 +47,8 @@ struct Arithmetic<bf16> {
 
 #else
 
-// Two elements lie in the 32 bits of a lane: the first in the lower half, the second in the upper. Each becomes a float by
-// itself: the one shifted up, the other with the lower half cleared.
+// Two elements lie in the 32 bits of a lane: the first in the lower half, the second in the upper. Each becomes a float
+// by itself: the one shifted up, the other with the lower half cleared.
 struct Pairs {
   Vec first;
   Vec second;
@@ -118,31 +118,42 @@ void add_lanes(float* sums, const Vec* vectors) {
   for (; i < N; ++i) sums[i] = sum_of_lanes(vectors[i]);
 }
 
+// What is fetched while a tile is computed: `num_lines` lines a step from `first` on, and with each the one `again`
+// bytes farther if that is not 0.
+//
+// Into the second-level cache: of fetches into the first, Zen 4 drops those that come while 24 others are under way.
+struct Fetch {
+  const char* first;
+  int num_lines;
+  int64_t again;
+};
+
 // sums[t * R + r] = the dot product of row r of w and token t.
 //
-// w: R rows, `stride` elements apart. x: packed, the T tokens' parts of a step beside one another. prefetch: where to begin
-// fetching what will be read next into the cache; `num_lines` lines of it a step, so that memory is busy all the time.
-template <class T_, int R, int T, class A = Arithmetic<T_>>
-void tile(float* sums, const T_* w, int64_t stride, const typename A::Tokens* x, int64_t in_features,
-          const char* prefetch, int num_lines) {
-  Vec sum[T][R];
-  for (int t = 0; t < T; ++t)
+// w: R rows, `stride` elements apart. x: packed, the N tokens' parts of a step beside one another.
+template <class T, int R, int N, class A = Arithmetic<T>>
+void tile(float* sums, const T* w, int64_t stride, const typename A::Tokens* x, int64_t in_features, Fetch fetch) {
+  Vec sum[N][R];
+  for (int t = 0; t < N; ++t)
     for (int r = 0; r < R; ++r) sum[t][r] = zero();
   int64_t k = 0;
-  for (; k + A::kStep <= in_features; k += A::kStep, x += T) {
-    for (int line = 0; line < num_lines; ++line, prefetch += kLineBytes) _mm_prefetch(prefetch, _MM_HINT_T0);
+  for (; k + A::kStep <= in_features; k += A::kStep, x += N) {
+    for (int line = 0; line < fetch.num_lines; ++line, fetch.first += kLineBytes) {
+      _mm_prefetch(fetch.first, _MM_HINT_T1);
+      if (fetch.again != 0) _mm_prefetch(fetch.first + fetch.again, _MM_HINT_T1);
+    }
     typename A::Weights weights[R];
     for (int r = 0; r < R; ++r) weights[r] = A::load_weights(w + r * stride + k);
-    for (int t = 0; t < T; ++t)
+    for (int t = 0; t < N; ++t)
       for (int r = 0; r < R; ++r) sum[t][r] = A::accumulate(sum[t][r], weights[r], x[t]);
   }
   if (k < in_features) {
     for (int r = 0; r < R; ++r) {
       const typename A::Weights weights = A::load_weights(w + r * stride + k, in_features - k);
-      for (int t = 0; t < T; ++t) sum[t][r] = A::accumulate(sum[t][r], weights, x[t]);
+      for (int t = 0; t < N; ++t) sum[t][r] = A::accumulate(sum[t][r], weights, x[t]);
     }
   }
-  add_lanes<R * T>(sums, &sum[0][0]);
+  add_lanes<R * N>(sums, &sum[0][0]);
 }
 
 }  // namespace
