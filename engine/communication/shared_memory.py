@@ -131,7 +131,9 @@ class SharedMemoryCollectives:
             raise self._error()
 
     def take_times(self) -> CollectiveTimes:
-        """Return the times since the last take."""
+        """Return the times since the last take; none for a rank that has left."""
+        if self._end is None:
+            return CollectiveTimes({}, {})
         length = len(TIME_BUCKETS) + 2  # the last bucket is without a bound, and the sum follows
         numbers = (c_int64 * (2 * length * len(OPERATIONS)))()
         self._library.function("collectives_take_times")(self._end, numbers)

@@ -17,7 +17,7 @@ enum Type { kFloat32, kBFloat16, kFloat16, kFloat64, kInt64, kBytes };
 
 constexpr int64_t kLine = 64;  // bytes that one core writes without disturbing another
 
-// What the ranks must agree on: operation, type, source, and bytes in all.
+// What the ranks must agree on: operation, type, source, and bytes of a rank.
 uint64_t tag_of(Operation operation, int type, int source, int64_t bytes) {
   return static_cast<uint64_t>(operation + 1) << 56 | static_cast<uint64_t>(type) << 48 |
          static_cast<uint64_t>(source) << 40 | static_cast<uint64_t>(bytes);
@@ -225,14 +225,14 @@ bool with_type(int type, const F& f) {
   }
 }
 
-// Does an operation and, if that went well, counts its time; returns 0, or 1 if it failed.
+// Does an operation and, if that went well, counts its time; returns 0, or 1 if it failed or this rank has left.
 template <class F>
-int timed(Collectives& self, Operation operation, const F& work) {
+int timed(Collectives* self, Operation operation, const F& work) {
   const int64_t began = now_ns();
-  if (!work()) return 1;
-  Times& times = self.times[operation];
-  times.whole.observe(self.bounds_ns, now_ns() - began);
-  times.waiting.observe(self.bounds_ns, self.group.take_waited_ns());
+  if (self == nullptr || !work()) return 1;
+  Times& times = self->times[operation];
+  times.whole.observe(self->bounds_ns, now_ns() - began);
+  times.waiting.observe(self->bounds_ns, self->group.take_waited_ns());
   return 0;
 }
 
@@ -274,12 +274,13 @@ EXPORT void ryz_collectives_destroy(Collectives* self) {
   delete self;
 }
 
-// Each returns 0, or 1 if the group cannot go on: then ryz_collectives_failure says why.
+// Each returns 0, or 1 if the group cannot go on: then ryz_collectives_failure says why. For a rank that has left, null,
+// it is 1 too.
 
 // data [count], in place.
 EXPORT int ryz_all_reduce(Collectives* self, void* data, int64_t count, int type) {
   const uint64_t tag = tag_of(kAllReduce, type, 0, count * element_bytes(type));
-  return timed(*self, kAllReduce, [=] {
+  return timed(self, kAllReduce, [=] {
     return with_type(type, [=](auto* of_type) {
       return all_reduce<std::remove_pointer_t<decltype(of_type)>>(*self, tag, data, count);
     });
@@ -289,26 +290,26 @@ EXPORT int ryz_all_reduce(Collectives* self, void* data, int64_t count, int type
 // out [rows, ranks, row_bytes] of each rank's own [rows, row_bytes].
 EXPORT int ryz_all_gather(Collectives* self, char* out, const char* own, int64_t rows, int64_t row_bytes) {
   const uint64_t tag = tag_of(kAllGather, kBytes, 0, rows * row_bytes);
-  return timed(*self, kAllGather, [=] { return gather(self->group, tag, out, own, rows, row_bytes, true); });
+  return timed(self, kAllGather, [=] { return gather(self->group, tag, out, own, rows, row_bytes, true); });
 }
 
 // Likewise on rank 0; out is not touched on the others, which do not wait for it.
 EXPORT int ryz_gather(Collectives* self, char* out, const char* own, int64_t rows, int64_t row_bytes) {
   const uint64_t tag = tag_of(kGather, kBytes, 0, rows * row_bytes);
-  return timed(*self, kGather,
+  return timed(self, kGather,
                [=] { return gather(self->group, tag, out, own, rows, row_bytes, self->group.rank() == 0); });
 }
 
 // data [bytes], overwritten but on the source.
 EXPORT int ryz_broadcast(Collectives* self, char* data, int64_t bytes, int source) {
   const uint64_t tag = tag_of(kBroadcast, kBytes, source, bytes);
-  return timed(*self, kBroadcast, [=] { return broadcast(self->group, tag, data, bytes, source); });
+  return timed(self, kBroadcast, [=] { return broadcast(self->group, tag, data, bytes, source); });
 }
 
 // out [rows, run], this rank's of the sum of data [rows, ranks, run].
 EXPORT int ryz_reduce_scatter(Collectives* self, void* out, const void* data, int64_t rows, int64_t run, int type) {
-  const uint64_t tag = tag_of(kReduceScatter, type, 0, rows * run * self->group.size() * element_bytes(type));
-  return timed(*self, kReduceScatter, [=] {
+  const uint64_t tag = tag_of(kReduceScatter, type, 0, rows * run * element_bytes(type));
+  return timed(self, kReduceScatter, [=] {
     return with_type(type, [=](auto* of_type) {
       return reduce_scatter<std::remove_pointer_t<decltype(of_type)>>(*self, tag, out, data, rows, run);
     });
@@ -317,7 +318,7 @@ EXPORT int ryz_reduce_scatter(Collectives* self, void* out, const void* data, in
 
 EXPORT int ryz_barrier(Collectives* self) {
   const uint64_t tag = tag_of(kBarrier, kBytes, 0, 0);
-  return timed(*self, kBarrier, [=] {
+  return timed(self, kBarrier, [=] {
     if (!self->group.begin(tag)) return false;
     self->group.come();
     return self->group.await_all();
