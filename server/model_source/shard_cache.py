@@ -23,6 +23,7 @@ from server.model_source.model_files import weight_files
 CACHE_VERSION = 1  # changes with what entries hold
 LEAST_FREE = 0.1  # of the disk, which is left to others
 PADDING = 1.02  # an entry's size over its weights': padding, and tensors that every rank holds
+QUANTIZED_PADDING = 1.1  # likewise where matrices are int8: scales too, and an embedding that stays as it is
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _ENTRY = re.compile(r"[\w.-]+-tp\d+-(?:float32|bfloat16|float16)(?:-int8)?-[0-9a-f]{12}")
 _HUB_FOLDER = re.compile(r"models--(.+)")
@@ -53,7 +54,8 @@ class CacheKey:
     @property
     def entry_bytes(self) -> int:
         """About the size of the entry. Raises what `weight_bytes` raises."""
-        return int(self.weight_bytes * PADDING * ITEM_SIZES[self._matrix_dtype] / ITEM_SIZES[self.stored_dtype])
+        padding = PADDING if self.quantization == "none" else QUANTIZED_PADDING
+        return int(self.weight_bytes * padding * ITEM_SIZES[self._matrix_dtype] / ITEM_SIZES[self.stored_dtype])
 
     @property
     def name(self) -> str:

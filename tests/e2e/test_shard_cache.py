@@ -63,6 +63,16 @@ def test_later_starts_map_what_the_first_wrote_and_say_the_same(model: Path, tmp
     assert entries(tmp_path) == []
 
 
+def test_int8_matrices_are_kept_as_they_were_rounded(model: Path, tmp_path: Path) -> None:
+    with serve(model, tmp_path, "--quantization", "int8") as first:
+        text = first.complete(**GREEDY)["text"]
+        wait_until(lambda: any(tmp_path.glob("llama-tp2-float32-int8-*/metadata.json")), WRITE_SECONDS)
+    (entry,) = tmp_path.glob("llama-tp2-float32-int8-*")
+    with serve(model, tmp_path, "--quantization", "int8") as second:
+        assert f"  weights   {entry} (shard cache)" in second.stderr
+        assert second.complete(**GREEDY)["text"] == text
+
+
 @pytest.mark.slow
 def test_switched_off_nothing_is_written_and_nothing_mapped(model: Path, tmp_path: Path) -> None:
     with serve(model, tmp_path) as service:

@@ -1,5 +1,6 @@
 """What the shard cache does for a service, with the real writer and without the service."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -92,6 +93,18 @@ def test_the_first_start_writes_what_the_second_maps(model: Path, config: ModelS
     ]
     second.close()
     assert ShardedWeights(some_entry(model, config, tensor_parallel_size=1)).directory is None
+
+
+def test_int8_matrices_have_an_entry_of_their_own(model: Path, config: ModelSourceConfig) -> None:
+    plain, entry = some_entry(model, config), some_entry(model, config, quantization="int8")
+    assert entry.name.startswith(f"{plain.name.rpartition('-')[0]}-int8-")
+    write(entry)
+    assert not plain.is_there
+    metadata = json.loads((entry.directory / "metadata.json").read_text())
+    assert metadata["dtype"] == "int8"
+    size = sum(path.stat().st_size for path in entry.directory.glob("*.safetensors"))
+    assert size <= entry.key.entry_bytes <= 1.15 * size
+    assert ShardedWeights(some_entry(model, config, quantization="int8")).directory == entry.directory
 
 
 def test_the_writer_takes_only_what_nobody_else_wants(model: Path, config: ModelSourceConfig) -> None:
