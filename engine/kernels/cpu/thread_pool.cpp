@@ -21,10 +21,17 @@ void stay_on(int cpu) {
 
 ThreadPool::ThreadPool(int num_threads, const int* cpus, int64_t spin_ns)
     : spin_ns_(spin_ns), cpus_(cpus == nullptr ? std::vector<int>() : std::vector<int>(cpus, cpus + num_threads)) {
-  for (int index = 1; index < num_threads; ++index) workers_.emplace_back([this, index] { work(index); });
+  try {
+    for (int index = 1; index < num_threads; ++index) workers_.emplace_back([this, index] { work(index); });
+  } catch (...) {
+    end();  // those that were started
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { end(); }
+
+void ThreadPool::end() {
   is_ending_ = true;
   loop_.fetch_add(1, std::memory_order_seq_cst);
   futex_wake_all(loop_, false);
@@ -50,7 +57,8 @@ void ThreadPool::work(int index) {
     seen = wait_for_loop(seen);
     if (is_ending_) return;
     claim_chunks();
-    if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex_wake_all(num_busy_, false);
+    const bool is_last = num_busy_.fetch_sub(1, std::memory_order_seq_cst) == 1;
+    if (is_last && is_caller_asleep_.load(std::memory_order_seq_cst)) futex_wake_all(num_busy_, false);
   }
 }
 
@@ -75,7 +83,9 @@ uint32_t ThreadPool::wait_for_loop(uint32_t seen) {
 void ThreadPool::wait_for_workers() {
   const auto are_done = [&] { return num_busy_.load(std::memory_order_acquire) == 0; };
   if (spin_until(are_done, spin_ns_)) return;
-  while (const uint32_t busy = num_busy_.load(std::memory_order_acquire)) futex_wait(num_busy_, busy, false);
+  is_caller_asleep_.store(true, std::memory_order_seq_cst);  // seen by whoever leaves after the look below
+  while (const uint32_t busy = num_busy_.load(std::memory_order_seq_cst)) futex_wait(num_busy_, busy, false);
+  is_caller_asleep_.store(false, std::memory_order_relaxed);
 }
 
 // Returns a pool, or null where the threads cannot be had.

@@ -35,6 +35,7 @@ class ThreadPool {
 
   void run(int64_t num_chunks, Call call, const void* context);
   void work(int index);
+  void end();
   void claim_chunks();
   uint32_t wait_for_loop(uint32_t seen);
   void wait_for_workers();
@@ -44,6 +45,7 @@ class ThreadPool {
   alignas(64) std::atomic<uint32_t> loop_{0};  // counts loops; a futex
   alignas(64) std::atomic<uint32_t> num_busy_{0};  // workers that have not left the loop; a futex
   alignas(64) std::atomic<int32_t> num_asleep_{0};
+  alignas(64) std::atomic<bool> is_caller_asleep_{false};
   int64_t num_chunks_ = 0;
   Call call_ = nullptr;
   const void* context_ = nullptr;
