@@ -72,6 +72,7 @@ def share_memory(
     Raises:
         CannotShareError: on all ranks, if one cannot.
         RuntimeError: if a rank does not come, or dies meanwhile.
+        ValueError: if the kernels here are of other sources; see `KernelLibrary`.
     """
     meeting = _Meeting(store, rank, world_size)
     library, problem = load_library()
@@ -123,7 +124,11 @@ class _Meeting:
 
 
 def load_library() -> tuple[KernelLibrary | None, str]:
-    """Return the fastest kernels that there are, or why there are none."""
+    """Return the fastest kernels that there are, or why there are none.
+
+    Raises:
+        ValueError: if they are of other sources; see `KernelLibrary`.
+    """
     usable = usable_instruction_sets()
     if not usable:
         return None, "there are no C++ kernels for this machine, which has no AVX2"

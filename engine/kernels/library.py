@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.kernels.instruction_sets import usable_instruction_sets
-from engine.kernels.sources import DIRECTORY, library_name
+from engine.kernels.sources import DIRECTORY, headers_in, library_name, source_hash, sources_in
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class KernelLibrary:
 
     Raises:
         OSError: if there is no such library, or it cannot be loaded.
+        ValueError: if it was compiled from other sources than those beside it, whose functions may take something else.
     """
 
     def __init__(self, instruction_set: str, directory: Path = DIRECTORY) -> None:
@@ -66,6 +67,12 @@ class KernelLibrary:
         path = directory / library_name(instruction_set)
         _check_whole(path)
         self._library = ctypes.CDLL(str(path))
+        sources = (*sources_in(directory), *headers_in(directory))
+        if sources and self.source_hash != source_hash(sources):  # a third of a millisecond
+            raise ValueError(
+                f"{path} was compiled from other sources than those beside it: run `make install`, or "
+                "`python -m engine.kernels.build`"
+            )
 
     @property
     def source_hash(self) -> str:
@@ -110,7 +117,9 @@ def find_library(instruction_set: str = "auto", directory: Path = DIRECTORY) -> 
         directory: where the libraries are.
 
     Raises:
-        ValueError: naming the option, if another than `auto` cannot be had.
+        ValueError: naming the option, if another than `auto` cannot be had; for any, if a library is of other sources:
+            no property of the machine, as a missing compiler is, but half of an update, which one command ends, and
+            which a service at a fraction of its speed would hide.
     """
     if instruction_set == "auto":
         try:
@@ -132,6 +141,7 @@ def fastest_library(directory: Path = DIRECTORY) -> KernelLibrary:
 
     Raises:
         OSError: if it has none, or they cannot be loaded.
+        ValueError: if they are of other sources.
     """
     usable = usable_instruction_sets()
     if not usable:

@@ -16,7 +16,7 @@ from engine.kernels import library
 from engine.kernels.build import find_compiler
 from engine.kernels.instruction_sets import INSTRUCTION_SETS, usable_instruction_sets
 from engine.kernels.library import SIGNATURES, KernelLibrary, find_library
-from engine.kernels.sources import DIRECTORY, library_name, source_hash
+from engine.kernels.sources import DIRECTORY, SOURCES, library_name, source_hash
 from tests.service_process import ROOT, ServiceProcess
 
 USABLE = [item.name for item in usable_instruction_sets()]
@@ -113,6 +113,51 @@ def test_a_library_that_cannot_be_loaded_is_an_error_where_it_was_asked_for(
         find_library(USABLE[0], tmp_path)
 
 
+@pytest.fixture
+def updated(tmp_path: Path) -> Path:
+    """Libraries, and a source that changed after they were compiled."""
+    copies(tmp_path)
+    shutil.copytree(DIRECTORY / "cpu", tmp_path / "cpu")
+    with (tmp_path / "cpu" / SOURCES[0].name).open("a") as file:
+        file.write("// one more line\n")
+    return tmp_path
+
+
+OF_OTHER_SOURCES = (
+    r"was compiled from other sources than those beside it: run `make install`, or `python -m engine\.kernels\.build`$"
+)
+
+
+@needs_compiler
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", ["auto", *USABLE])
+def test_a_library_of_other_sources_is_an_error_that_says_what_to_run(instruction_set: str, updated: Path) -> None:
+    with pytest.raises(ValueError, match=OF_OTHER_SOURCES):
+        find_library(instruction_set, updated)
+
+
+@needs_compiler
+@needs_kernels
+@pytest.mark.parametrize("changed", ["added header", "removed source"])
+def test_a_source_that_came_or_went_is_noticed(changed: str, tmp_path: Path) -> None:
+    copies(tmp_path)
+    shutil.copytree(DIRECTORY / "cpu", tmp_path / "cpu")
+    assert find_library("auto", tmp_path) is not None
+    if changed == "added header":
+        (tmp_path / "cpu" / "new.h").touch()
+    else:
+        (tmp_path / "cpu" / SOURCES[-1].name).unlink()
+    with pytest.raises(ValueError, match=OF_OTHER_SOURCES):
+        find_library("auto", tmp_path)
+
+
+@needs_compiler
+@needs_kernels
+def test_a_library_without_sources_beside_it_is_taken_as_it_is(tmp_path: Path) -> None:
+    copies(tmp_path)
+    assert find_library("auto", tmp_path) is not None
+
+
 def test_an_instruction_set_that_this_machine_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "usable_instruction_sets", list)
     with pytest.raises(ValueError, match=r"^--kernels avx2: this machine has none of them$"):
@@ -150,6 +195,22 @@ def test_without_its_kernels_a_service_starts_with_one_warning_and_computes(pack
         assert service.complete(prompt="import ", max_tokens=2)["text"]
     assert service.stderr.count("there are no C++ kernels") == 1
     assert str(package_without_libraries) in service.stderr or not USABLE
+
+
+@needs_compiler
+@needs_kernels
+def test_a_service_whose_kernels_are_of_other_sources_ends_in_one_line(
+    package_without_libraries: Path, tmp_path: Path
+) -> None:
+    package = shutil.copytree(package_without_libraries, tmp_path / "package")
+    copies(package / "engine/kernels")
+    (package / "engine/kernels/cpu" / SOURCES[0].name).write_text("// another\n")
+    ended = subprocess.run(
+        serve(package, "--kernels", "auto"), capture_output=True, text=True, timeout=100, check=False, cwd=ROOT
+    )
+    assert ended.returncode == 2
+    (error,) = [line for line in ended.stderr.splitlines() if "ryzanstein: error: " in line]
+    assert re.search(OF_OTHER_SOURCES, error)
 
 
 @needs_kernels
