@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.huge_pages import ask_for_huge_pages
 from engine.checkpoint.source import TensorSource
 from engine.checkpoint.staging import Stager, chunks
 from engine.checkpoint.targets import Piece, Target, TensorSlice, name_of_matrix, targets_of
@@ -46,6 +47,7 @@ class WeightDistributor:
 
     def fill_target(self, target: Target, source: TensorSource) -> None:
         """Fill one tensor."""
+        ask_for_huge_pages(target.tensor)
         for piece in target.pieces(self._tp_rank, self._tp_size):
             if target.quantizer is None or source.quantization == "int8":
                 self._copy(piece, source)

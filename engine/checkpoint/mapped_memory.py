@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.checkpoint.huge_pages import ask_for_huge_pages
 from engine.checkpoint.retry import WAITS
 
 MAP_NORESERVE = 0x4000  # mmap has no name for it before Python 3.13
@@ -39,8 +40,10 @@ def map_privately(descriptor: int, size: int) -> Tensor:
     Raises:
         OSError, ValueError: if the file cannot be mapped.
     """
-    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(descriptor, size, flags, mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8)
+    pages = mmap.mmap(descriptor, size, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+    content = torch.frombuffer(pages, dtype=torch.uint8)
+    ask_for_huge_pages(content)
+    return content
 
 
 class MappedMemory:

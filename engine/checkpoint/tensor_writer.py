@@ -100,11 +100,12 @@ class TensorFileWriter:
         return self._checksum.hexdigest()
 
     def _put(self, content: bytes | memoryview) -> None:
-        view = memoryview(content)
-        for start in range(0, len(view), CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
+        rest = memoryview(content)
+        while rest:
+            # Up to a multiple of the chunk's size: so the system can keep it in huge pages, and map it as such.
+            size = min(len(rest), CHUNK_BYTES - self.size % CHUNK_BYTES)
+            chunk, rest = rest[:size], rest[size:]
             self._checksum.update(chunk)
-            size = len(chunk)
             while chunk:
                 chunk = chunk[self._file.write(chunk) :]
             self.size += size
