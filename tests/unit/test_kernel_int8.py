@@ -143,6 +143,22 @@ def test_a_token_of_zeros_has_zeros_and_so_has_a_row_without_a_scale(instruction
         assert y.isfinite().all()
 
 
+@each
+@pytest.mark.parametrize("in_features", [64, 100])
+@pytest.mark.parametrize("place", [0, 17, -1])
+def test_what_is_no_number_is_none_afterwards(
+    instruction_set: str, dtype: torch.dtype, in_features: int, place: int
+) -> None:
+    rows, scale = draw_matrix(9, in_features)
+    x = draw(7, in_features, dtype=dtype)
+    weight = draw(9, in_features, dtype=dtype)
+    x[2, place] = weight[3, place] = torch.nan
+    for is_batch_invariant in (False, True):
+        computing = kernels(instruction_set, dtype, is_batch_invariant=is_batch_invariant)
+        assert computing.logits(x, rows, scale).isnan().all(1).tolist() == [token == 2 for token in range(7)]
+        assert computing.int8_scales(weight).isnan().tolist() == [row == 3 for row in range(9)]
+
+
 def matrices(dtype: torch.dtype) -> Tensor:
     """Return rows of zeros, of one large number, of ties, of tiny numbers, and random ones of several sizes."""
     weight = draw(40, 75, dtype=torch.float32) * torch.logspace(-30, 30, 40).unsqueeze(1)

@@ -270,6 +270,19 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_is_missing_in() -> None
         assert "rank 2 has not come" in errors_of([ends[0]], lambda end: end.barrier())[0]
 
 
+def test_a_rank_that_was_killed_while_it_wrote_why_it_fails_does_not_hold_up_the_others() -> None:
+    library = KernelLibrary(INSTRUCTION_SETS[0])
+    descriptor = segment.create(segment_bytes(library, 2))
+    memory = segment.map_segment(descriptor, segment_bytes(library, 2))
+    os.close(descriptor)
+    memory[0] = 1  # the segment begins with the state of the failure: being written
+    end = SharedMemoryCollectives(
+        library, memory, rank=0, pidfds=[-1, -1], store=None, timeout_seconds=0.1, spin_seconds=0.0
+    )
+    assert "rank 1 has not come to barrier" in errors_of([end], lambda end: end.barrier())[0]
+    end.close()
+
+
 def test_whoever_waits_for_a_waiting_rank_names_the_one_that_is_missing() -> None:
     """Rank 1 gives nothing to rank 0 before rank 2 has come: rank 2 it is that is missing."""
 

@@ -114,10 +114,12 @@ bool SharedGroup::fail(FailureKind kind, uint64_t ranks, uint64_t tag, uint64_t 
   Failure& failure = header_->failure;
   uint32_t expected = kUnwritten;
   has_failed_ = true;
-  if (failure.state.compare_exchange_strong(expected, kBeingWritten, std::memory_order_acq_rel)) {
+  const bool is_first = failure.state.compare_exchange_strong(expected, kBeingWritten, std::memory_order_acq_rel);
+  // Who writes has done so in a moment, unless it was killed meanwhile: then this rank's reason stands.
+  const auto is_written = [&] { return failure.state.load(std::memory_order_acquire) == kWritten; };
+  if (is_first || !spin_until(is_written, kLookNs)) {
     failure.report = {kind, static_cast<uint32_t>(rank_), ranks, tag, other_tag, waited_ns};
     failure.state.store(kWritten, std::memory_order_release);
   }
-  while (failure.state.load(std::memory_order_acquire) == kBeingWritten) _mm_pause();
   return false;
 }
