@@ -7,13 +7,10 @@
 #include "linear_tile.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "export.h"
 #include "thread_pool.h"
+#include "weight_stream.h"
 
 namespace {
 
@@ -22,33 +19,7 @@ constexpr int kRows = 6, kTokens = 4;  // of the largest tile: 24 of 32 register
 #else
 constexpr int kRows = 3, kTokens = 4;  // 12 of 16
 #endif
-constexpr int64_t kChunkBytes = 48 << 10;   // of weights: what a thread claims at a time
 constexpr int64_t kAloneBytes = 64 << 10;   // below it, of all tokens' work: the calling thread computes alone
-constexpr int64_t kBlockBytes = 512 << 10;  // of packed tokens: half of the second-level cache
-constexpr int64_t kAheadBytes = 8 << 10;    // at least so far ahead weights are fetched
-constexpr int64_t kPageBytes = 4096;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory of one thread that stays with it from call to call.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-
-  void* reserve(int64_t num_bytes) {
-    if (num_bytes > size_) {
-      std::free(memory_);
-      size_ = divide_up(num_bytes, 4096) * 4096;
-      memory_ = std::aligned_alloc(4096, size_);
-      if (memory_ == nullptr) throw std::bad_alloc();
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch scratch;
 
@@ -71,36 +42,22 @@ class Linear {
   }
 
   void run(ThreadPool* pool) {
-    num_ranges_ = std::min<int64_t>(pool->num_threads(), num_chunks_);
-    ranges_.reset(new Range[num_ranges_]);
-    for (int64_t i = 0; i < num_ranges_; ++i) {
-      ranges_[i].next.store(num_chunks_ * i / num_ranges_, std::memory_order_relaxed);
-      ranges_[i].stop = num_chunks_ * (i + 1) / num_ranges_;
-    }
-    pool->parallel_for(num_ranges_, [this](int64_t range) { work(range); });
+    Ranges ranges(*pool, num_chunks_);
+    pool->parallel_for(ranges.size(), [&](int64_t range) { work(ranges, range); });
   }
 
  private:
-  // Chunks beside one another, so that a thread reads memory in one stream; who has none left helps the others.
-  struct alignas(64) Range {
-    std::atomic<int64_t> next;
-    int64_t stop;
-  };
-
-  void work(int64_t own_range) {
+  void work(Ranges& ranges, int64_t own_range) {
     const Packed* packed = nullptr;
     int64_t packed_block = -1;
-    for (int64_t i = 0; i < num_ranges_; ++i) {
-      Range& range = ranges_[(own_range + i) % num_ranges_];
-      for (int64_t chunk; (chunk = range.next.fetch_add(1, std::memory_order_relaxed)) < range.stop;) {
-        const int64_t block = chunk / num_row_chunks_;
-        const int64_t first_token = block * block_tokens_;
-        const int64_t num_tokens = std::min(block_tokens_, num_tokens_ - first_token);
-        if (block != packed_block) packed = pack(first_token, num_tokens);
-        packed_block = block;
-        compute(packed, chunk % num_row_chunks_, first_token, num_tokens);
-      }
-    }
+    ranges.claim(own_range, [&](int64_t chunk) {
+      const int64_t block = chunk / num_row_chunks_;
+      const int64_t first_token = block * block_tokens_;
+      const int64_t num_tokens = std::min(block_tokens_, num_tokens_ - first_token);
+      if (block != packed_block) packed = pack(first_token, num_tokens);
+      packed_block = block;
+      compute(packed, chunk % num_row_chunks_, first_token, num_tokens);
+    });
   }
 
   // Copies a block of tokens into the order in which tiles read them.
@@ -137,12 +94,13 @@ class Linear {
     const int64_t num_lines = R * A::kStep * sizeof(T) / kLineBytes;  // of a step of R rows
     const int64_t num_bytes = std::max<int64_t>(1, R * in_features_ * sizeof(T));
     const char* const w = reinterpret_cast<const char*>(w_ + row * in_features_);
+    const char* const end = reinterpret_cast<const char*>(w_ + out_features_ * in_features_);
     const char* fetch = w + divide_up(kAheadBytes, num_bytes) * num_bytes;
     int64_t lines_left = num_lines;
     for (int64_t pass = 0; pass < num_passes; ++pass) {
       const int64_t lines = std::min(lines_left, divide_up(num_lines, num_passes));
       const int64_t bytes = lines * num_steps_ * kLineBytes;
-      touch(fetch + num_bytes, bytes, num_passes > 1);
+      touch_pages(fetch + num_bytes, std::min(fetch + num_bytes + bytes, end), num_passes > 1);
       const Fetch fetched{fetch, static_cast<int>(lines), num_passes > 1 ? num_bytes : 0};
       const Packed* const x = packed + pass * kTokens * num_steps_;
       const int64_t token = first_token + pass * kTokens;
@@ -154,19 +112,6 @@ class Linear {
       }
       lines_left -= lines;
       fetch += bytes;
-    }
-  }
-
-  // Reads a byte of each page, or asks for it, so that the processor has looked up where the page is.
-  void touch(const char* first, int64_t num_bytes, bool is_read) const {
-    const char* const end = reinterpret_cast<const char*>(w_ + out_features_ * in_features_);
-    const char* const stop = std::min(first + num_bytes, end);
-    for (; first < stop; first += kPageBytes) {
-      if (is_read) {
-        asm volatile("" : : "r"(*reinterpret_cast<const volatile char*>(first)));
-      } else {
-        _mm_prefetch(first, _MM_HINT_T0);
-      }
     }
   }
 
@@ -186,8 +131,7 @@ class Linear {
   const T* const w_;
   const T* const bias_;
   const int64_t num_tokens_, out_features_, in_features_, num_steps_;
-  int64_t block_tokens_, chunk_rows_, num_row_chunks_, num_chunks_, num_ranges_ = 0;
-  std::unique_ptr<Range[]> ranges_;
+  int64_t block_tokens_, chunk_rows_, num_row_chunks_, num_chunks_;
 };
 
 template <class T, class Y>

@@ -6,10 +6,9 @@
 #pragma once
 
 #include "simd.h"
+#include "weight_stream.h"
 
 namespace {
-
-constexpr int64_t kLineBytes = 64;  // of a cache
 
 // For weights of type T: how many elements of K a step takes (kStep), a step of a row of w as it is loaded (Weights), a
 // step of a token as it is packed beforehand (Tokens), and the products of the two, added to an accumulator.
@@ -118,16 +117,6 @@ void add_lanes(float* sums, const Vec* vectors) {
   for (; i < N; ++i) sums[i] = sum_of_lanes(vectors[i]);
 }
 
-// What is fetched while a tile is computed: `num_lines` lines a step from `first` on, and with each the one `again`
-// bytes farther if that is not 0.
-//
-// Into the second-level cache: of fetches into the first, Zen 4 drops those that come while 24 others are under way.
-struct Fetch {
-  const char* first;
-  int num_lines;
-  int64_t again;
-};
-
 // sums[t * R + r] = the dot product of row r of w and token t.
 //
 // w: R rows, `stride` elements apart. x: packed, the N tokens' parts of a step beside one another.
@@ -138,10 +127,7 @@ void tile(float* sums, const T* w, int64_t stride, const typename A::Tokens* x, 
     for (int r = 0; r < R; ++r) sum[t][r] = zero();
   int64_t k = 0;
   for (; k + A::kStep <= in_features; k += A::kStep, x += N) {
-    for (int line = 0; line < fetch.num_lines; ++line, fetch.first += kLineBytes) {
-      _mm_prefetch(fetch.first, _MM_HINT_T1);
-      if (fetch.again != 0) _mm_prefetch(fetch.first + fetch.again, _MM_HINT_T1);
-    }
+    fetch.step();
     typename A::Weights weights[R];
     for (int r = 0; r < R; ++r) weights[r] = A::load_weights(w + r * stride + k);
     for (int t = 0; t < N; ++t)
