@@ -54,6 +54,7 @@ def run_on_ranks(
             "LOCAL_RANK": str(index),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "RES_OPTIONS": "timeout:1",  # as the launcher's ranks have it
         }
         rank.pipe.send_bytes(pickle.dumps((environment, job)))
     try:

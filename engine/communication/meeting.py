@@ -81,7 +81,7 @@ def share_memory(
     _check_introductions(ranks)
     assert library is not None
     memory = _map_together(meeting, segment_bytes(library, world_size), directory)
-    return SharedMemoryCollectives(
+    collectives = SharedMemoryCollectives(
         library,
         memory,
         rank=rank,
@@ -90,6 +90,9 @@ def share_memory(
         timeout_seconds=timeout_seconds,
         spin_seconds=spin_seconds,
     )
+    collectives.barrier()  # whoever leaves may take the store along, which until here others were reading
+    collectives.take_times()  # those of what is computed begin now
+    return collectives
 
 
 class _Meeting:

@@ -141,6 +141,9 @@ def describe_exit(code: int) -> str:
 def _environment(rank: int, world_size: int, store: socket.socket) -> dict[str, str]:
     return {
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this machine; the host name need not resolve
+        # torch asks for the name of each address that it connects to, ::ffff:127.0.0.1 here, which only DNS may know:
+        # where an answer is lost, a start waits for one second, not five.
+        "RES_OPTIONS": "timeout:1",
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

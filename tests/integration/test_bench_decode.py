@@ -95,6 +95,7 @@ def test_batch_invariance_is_measured_beside_what_is_without(model: Path, leftov
     assert "prefill" not in done.stdout
 
 
+@pytest.mark.slow
 def test_limits_of_each_number_of_cores_are_told(leftovers: Leftovers) -> None:
     done = bench(leftovers, "limits", "--runs", 1, "--json")
     assert (done.returncode, done.stderr) == (0, "")

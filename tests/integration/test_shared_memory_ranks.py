@@ -52,8 +52,19 @@ def mix(group: CommunicationHandler, count: int) -> int:
     return count
 
 
-@pytest.mark.parametrize(("tp_size", "count"), [(2, 100_000), (3, 5_000)])
-def test_a_hundred_thousand_collectives_of_all_kinds_are_right(tp_size: int, count: int) -> None:
+def nothing(group: CommunicationHandler) -> int:
+    return group.rank
+
+
+def test_a_rank_with_nothing_to_do_may_leave_while_others_still_come() -> None:
+    for _ in range(20):
+        assert run_on_ranks(nothing, 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "count"), [(2, 5_000), (3, 5_000), pytest.param(2, 100_000, marks=pytest.mark.slow)]
+)
+def test_thousands_of_collectives_of_all_kinds_are_right(tp_size: int, count: int) -> None:
     assert run_on_ranks(mix, tp_size, count) == [count] * tp_size
 
 
