@@ -113,9 +113,13 @@ def test_limits_of_each_number_of_cores_are_told(leftovers: Leftovers) -> None:
     [
         (["{model}/nothing"], "model: {model}/nothing is not a directory"),
         (["{model}", "-tp", "3"], "--tensor-parallel-size 3 does not divide the model's 4 attention heads"),
-        (["{model}", "--batch", "1,x"], "--batch must be numbers between 1 and"),
         (["{model}", "--context", "500", "--prefill", "1"], "--context, --prefill and --steps need 519 tokens"),
-        (["{model}", "--context", "", "--prefill", ""], "--batch, --context and --prefill leave nothing to measure"),
+        pytest.param(["{model}", "--batch", "1,x"], "--batch must be numbers between 1 and", marks=pytest.mark.slow),
+        pytest.param(
+            ["{model}", "--context", "", "--prefill", ""],
+            "--batch, --context and --prefill leave nothing to measure",
+            marks=pytest.mark.slow,
+        ),
         (["{model}", "--dtype", "float16", "--kernels", "avx2"], "--kernels avx2"),
     ],
 )

@@ -1,5 +1,6 @@
 """The C++ sampler draws the torch sampler's tokens, on every instruction set and with any number of threads."""
 
+import functools
 import math
 import random
 from collections.abc import Iterator
@@ -97,9 +98,9 @@ def test_tokens_are_those_of_torch_for_any_size_shape_of_logits_and_filters(
         check_against_torch(sampler, draw_logits(draw, num_rows, vocab_size), rows, positions)
 
 
-@pytest.fixture(scope="module", params=[0.01, 1.0, 3.0])
-def large(request: pytest.FixtureRequest) -> tuple[Tensor, list[SamplingParams], list[int | SamplingError]]:
-    """Logits over a large vocabulary, and what torch draws from them."""
+@functools.cache  # no fixture, which pytest would make anew for each sampler
+def large(spread: float) -> tuple[Tensor, list[SamplingParams], list[int | SamplingError]]:
+    """Return logits over a large vocabulary, and what torch draws from them."""
     filters: tuple[dict[str, Any], ...] = (
         {},
         {"temperature": 0.0},
@@ -110,15 +111,14 @@ def large(request: pytest.FixtureRequest) -> tuple[Tensor, list[SamplingParams],
         {"top_k": 20_000, "top_p": 0.5},
         {"min_p": 0.05, "temperature": 2.0},
     )
-    logits = torch.randn(len(filters), 32_003, generator=torch.Generator().manual_seed(1)) * request.param
+    logits = torch.randn(len(filters), 32_003, generator=torch.Generator().manual_seed(1)) * spread
     rows = [params(seed=i, **options) for i, options in enumerate(filters)]
     return logits, rows, sample(logits, rows, [1] * len(rows))
 
 
-def test_tokens_are_those_of_torch_over_a_large_vocabulary(
-    large: tuple[Tensor, list[SamplingParams], list[int | SamplingError]], sampler: CPUSampler
-) -> None:
-    logits, rows, expected = large
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
+def test_tokens_are_those_of_torch_over_a_large_vocabulary(spread: float, sampler: CPUSampler) -> None:
+    logits, rows, expected = large(spread)
     assert sampler(logits, rows, [1] * len(rows)) == expected
 
 
