@@ -117,7 +117,7 @@ void compute_weights(typename Packed<T>::Operand (*weights)[kBlockKeys], float* 
     Vec total = zero();
     for (int64_t i = 0; i < num_keys; i += kLanes) {
       const Vec some = exp(mul(sub(load(scores[row] + i), broadcast(shift)), broadcast(scale)));
-      convert(weights[row] + i, some);
+      store(weights[row] + i, some);
       total = add(total, some);
     }
     scores[row][0] = sum_of_lanes(total);

@@ -79,9 +79,6 @@ struct Packed<bf16> {
 
 #endif
 
-inline void convert(float* y, Vec v) { store(y, v); }
-inline void convert(bf16* y, Vec v) { store(y, v); }
-
 // The first n lanes of v, and `other` in the rest.
 inline Vec first_or(Vec v, int64_t n, Vec other) {
 #if defined(__AVX512F__)

@@ -56,7 +56,6 @@ inline uint32_t is_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 inline Vec select_at_least(Vec a, Vec b, Vec otherwise) {  // a where it is at least b
   return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), a);
 }
-inline Vec round_to_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void store_as_int(int32_t* p, Vec v) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
 inline void store_truncated(int32_t* p, Vec v) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(v)); }
 #else
@@ -85,7 +84,6 @@ inline uint32_t is_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _C
 inline Vec select_at_least(Vec a, Vec b, Vec otherwise) {
   return _mm256_blendv_ps(otherwise, a, _mm256_cmp_ps(a, b, _CMP_GE_OQ));
 }
-inline Vec round_to_even(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void store_as_int(int32_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(v));
 }

@@ -7,11 +7,9 @@ namespace {
 
 #if defined(__AVX512F__)
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-inline Vec round_to_even(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec times_power_of_2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 #else
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
-inline Vec round_to_even(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 // x 2^n for whole n of at most 254 either way: in two steps, as 2^n alone may be no float. At most the second rounds.
 inline Vec times_power_of_2(Vec x, Vec n) {
