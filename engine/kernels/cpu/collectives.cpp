@@ -46,6 +46,11 @@ struct Collectives {
   Times times[kNumOperations];
 };
 
+// Copies n bytes; the addresses of none may be null, as an empty tensor's is.
+void copy(void* to, const void* from, int64_t n) {
+  if (n > 0) std::memcpy(to, from, n);
+}
+
 // --- all-reduce ------------------------------------------------------------------------------------------------------
 
 // A rank's part of n elements, at whole lines.
@@ -74,7 +79,7 @@ void sum_slots(const SharedGroup& group, T* out, const T* own, int64_t offset, i
 template <class T>
 bool all_reduce_as_a_whole(SharedGroup& group, uint64_t tag, T* data, int64_t n) {
   if (!group.begin(tag)) return false;
-  std::memcpy(group.slot(group.rank()), data, n * sizeof(T));
+  copy(group.slot(group.rank()), data, n * sizeof(T));
   group.come();
   if (!group.await_all()) return false;
   sum_slots(group, data, data, 0, n);
@@ -88,20 +93,20 @@ bool all_reduce_by_slices(SharedGroup& group, uint64_t tag, T* data, int64_t n) 
   const Slice own = slice(group.rank());
   if (!group.begin(tag)) return false;
   T* slot = reinterpret_cast<T*>(group.slot(group.rank()));
-  std::memcpy(slot, data, own.begin * sizeof(T));
+  copy(slot, data, own.begin * sizeof(T));
   const int64_t end = own.begin + own.size;
-  std::memcpy(slot + end, data + end, (n - end) * sizeof(T));
+  copy(slot + end, data + end, (n - end) * sizeof(T));
   group.come();
   if (!group.await_all()) return false;
   sum_slots(group, data + own.begin, data + own.begin, own.begin, own.size);
   if (!group.begin(tag)) return false;
-  std::memcpy(group.slot(group.rank()), data + own.begin, own.size * sizeof(T));
+  copy(group.slot(group.rank()), data + own.begin, own.size * sizeof(T));
   group.come();
   for (int step = 1; step < group.size(); ++step) {  // not all from the same rank at once
     const int other = (group.rank() + step) % group.size();
     if (!group.await(other)) return false;
     const Slice theirs = slice(other);
-    std::memcpy(data + theirs.begin, group.slot(other), theirs.size * sizeof(T));
+    copy(data + theirs.begin, group.slot(other), theirs.size * sizeof(T));
   }
   return true;
 }
@@ -143,14 +148,14 @@ bool gather(SharedGroup& group, uint64_t tag, char* out, const char* own, int64_
   const int64_t bytes = rows * row_bytes;
   const auto put = [&](int rank, const char* from, int64_t begin, int64_t size) {
     for_each_piece(begin, size, row_bytes, [&](int64_t row, int64_t column, int64_t position, int64_t n) {
-      std::memcpy(out + (row * group.size() + rank) * row_bytes + column, from + position, n);
+      copy(out + (row * group.size() + rank) * row_bytes + column, from + position, n);
     });
   };
   int64_t done = 0;
   do {
     const int64_t n = std::min(group.slot_bytes(), bytes - done);
     if (!group.begin(tag)) return false;
-    std::memcpy(group.slot(group.rank()), own + done, n);
+    copy(group.slot(group.rank()), own + done, n);
     group.come();
     if (is_reader) {
       put(group.rank(), own + done, done, n);
@@ -170,11 +175,11 @@ bool broadcast(SharedGroup& group, uint64_t tag, char* data, int64_t bytes, int 
   do {
     const int64_t n = std::min(group.slot_bytes(), bytes - done);
     if (!group.begin(tag)) return false;
-    if (group.rank() == source) std::memcpy(group.slot(source), data + done, n);
+    if (group.rank() == source) copy(group.slot(source), data + done, n);
     group.come();
     if (group.rank() != source) {
       if (!group.await(source)) return false;
-      std::memcpy(data + done, group.slot(source), n);
+      copy(data + done, group.slot(source), n);
     }
     done += n;
   } while (done < bytes);
@@ -192,7 +197,7 @@ bool reduce_scatter(Collectives& self, uint64_t tag, void* out, const void* data
   T* const to = static_cast<T*>(out);
   const auto take = [&](T* place, int rank, int64_t begin, int64_t size) {
     for_each_piece(begin, size, run, [&](int64_t row, int64_t column, int64_t position, int64_t n) {
-      std::memcpy(place + position, from + (row * group.size() + rank) * run + column, n * sizeof(T));
+      copy(place + position, from + (row * group.size() + rank) * run + column, n * sizeof(T));
     });
   };
   int64_t done = 0;
