@@ -102,6 +102,8 @@ NOT_INLINE void tile_by_rows(int32_t* sums, const int8_t* w, int64_t num_rows, i
   __m512i all[C][kRows] = {};
   for (int64_t row = 0; row < num_rows; ++row, w += in_features) {
     __m512i sum[C] = {};
+    const auto* const ahead = reinterpret_cast<const char*>(w) + kAheadBytes + in_features;
+    touch_pages(ahead, ahead + in_features, false);
     const uint8_t* values = x;
     const auto step = [&](__m512i weights) INLINE_LAMBDA {
       repeat<C>([&](auto c) INLINE_LAMBDA { add_products(sum[c], _mm512_load_si512(values + c * kStep), weights); });
