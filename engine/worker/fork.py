@@ -53,11 +53,18 @@ def _fork(world_size: int, link: socket.socket) -> int:
 
 
 def _fork_sibling() -> int:
-    """Fork a process that is no child of this one, by way of one that ends at once; return its id, 0 in itself."""
+    """Fork a process that is no child of this one, by way of one that ends at once; return its id, 0 in itself.
+
+    Raises:
+        OSError: if the system has no process left for it.
+    """
     heard, told = os.pipe()
     middle = os.fork()
     if middle == 0:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os._exit(1)  # what was forked with it is the other process's to tell and to end
         if pid != 0:
             os.write(told, str(pid).encode())
             os._exit(0)
@@ -65,7 +72,9 @@ def _fork_sibling() -> int:
         os.close(told)
         return 0
     os.close(told)
-    pid = int(os.read(heard, 32))
+    pid_text = os.read(heard, 32)
     os.close(heard)
     os.waitpid(middle, 0)
-    return pid
+    if not pid_text:
+        raise OSError("no process can be started for another rank")
+    return int(pid_text)
