@@ -97,8 +97,7 @@ def settled(body: dict[str, Any]) -> dict[str, Any]:
         body["logprobs"] = True
     if body.get("continue_final_message"):
         body["add_generation_prompt"] = False
-        if isinstance(body["messages"][-1]["content"], list):  # the last of several parts may be empty: nothing to go on
-            body["messages"][-1]["content"] = "".join(part["text"] for part in body["messages"][-1]["content"])
+        body["messages"][-1]["role"] = "assistant"  # of other roles the template does not keep lines as they are
     body["max_tokens"] = max(body["max_tokens"], 0 if scores else 1)
     if "min_tokens" in body:
         body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
