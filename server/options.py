@@ -174,8 +174,14 @@ def _argument(option: Option) -> dict[str, Any]:
     if option.type is bool:
         return {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
     words = "|".join(option.field.metadata["choices"])
-    kind = "SIZE" if option.field.metadata["unit"] == "bytes" else _METAVARS[option.type]
-    return {"metavar": words or kind, "default": argparse.SUPPRESS}
+    return {"metavar": words or _kind(option), "default": argparse.SUPPRESS}
+
+
+def _kind(option: Option) -> str:
+    unit = option.field.metadata["unit"]
+    if unit == "bytes":
+        return "SIZE"
+    return "N,N" if unit and option.type is tuple else _METAVARS[option.type]
 
 
 def _help(option: Option, has_variable: bool) -> str:

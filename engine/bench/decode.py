@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 from engine.bench.decode_costs import ModelCosts, StepCost
 from engine.bench.decode_memory import bare_memory, rank_memory
 from engine.bench.decode_report import DecodeBenchmark, Ratio, Row, SetupReport, row_name
-from engine.bench.engine_process import Arrival, EngineProcess
+from engine.bench.engine_process import Arrival, CollectiveSeconds, EngineProcess
 from engine.bench.figures import Figure
 from engine.bench.limits import LimitMeter
 from engine.bench.limits_report import READ, Limit
@@ -169,12 +169,19 @@ class _Subject:
         return [draw.randrange(self.config.vocab_size) for _ in range(length)]
 
 
+class _Measured(NamedTuple):
+    """What was measured once of a kind of step."""
+
+    seconds: float
+    collectives: CollectiveSeconds  # as shares of the turn, each of the rank with most of it
+
+
 @dataclass(frozen=True)
 class _Turn:
     """What was measured once of a kind of step, and the limits that held: the means of those before and after."""
 
     seconds: float
-    collective_share: float
+    collectives: CollectiveSeconds
     read_rate: float
     multiply_rate: float
     is_steady: bool  # whether the limits before and after are about the same
@@ -217,8 +224,8 @@ class _Setup:
         self._engine.generate(prompts, max_tokens=1)
         self._engine.take_collective_seconds()
 
-    def measure(self, row: _Kind, turn: int) -> tuple[float, float]:
-        """Return the seconds of a step of a kind, and the share of them in collectives."""
+    def measure(self, row: _Kind, turn: int) -> _Measured:
+        """Run steps of a kind for a turn."""
         phase, batch, context = row
         if phase == "decode":
             prompts = [self._subject.prompt(index, context) for index in range(batch)]
@@ -227,10 +234,13 @@ class _Setup:
         else:
             arrivals = self._engine.generate([self._subject.fresh_prompt(turn, context)], max_tokens=1)
             seconds = arrivals[-1].seconds
-        in_collectives = max(self._engine.take_collective_seconds()) if self._tp_size > 1 else 0.0
-        return seconds, in_collectives / arrivals[-1].seconds
+        if self._tp_size == 1:
+            return _Measured(seconds, CollectiveSeconds())
+        ranks, whole = self._engine.take_collective_seconds(), arrivals[-1].seconds
+        transfer = max(rank.transfer for rank in ranks) / whole
+        return _Measured(seconds, CollectiveSeconds(transfer, max(rank.waiting for rank in ranks) / whole))
 
-    def keep(self, row: _Kind, measured: tuple[float, float], before: _Rates, after: _Rates) -> None:
+    def keep(self, row: _Kind, measured: _Measured, before: _Rates, after: _Rates) -> None:
         """Keep what was measured, with the limits before and after."""
         pairs = [(before[kind, self.cores], after[kind, self.cores]) for kind in (READ, self._subject.product_dtype)]
         read_rate, multiply_rate = map(statistics.fmean, pairs)
@@ -285,7 +295,8 @@ class _Setup:
             read_seconds=Figure.of([cost.read_bytes / turn.read_rate for turn in turns]),
             compute_seconds=Figure.of([cost.operations / turn.multiply_rate for turn in turns]),
             roof_share=Figure.of([turn.roof(cost) / turn.seconds for turn in turns]),
-            collective_share=Figure.of([turn.collective_share for turn in turns]) if self._tp_size > 1 else None,
+            transfer_share=Figure.of([turn.collectives.transfer for turn in turns]) if self._tp_size > 1 else None,
+            waiting_share=Figure.of([turn.collectives.waiting for turn in turns]) if self._tp_size > 1 else None,
         )
 
 

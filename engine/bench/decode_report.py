@@ -22,11 +22,13 @@ HEADINGS = (
     "compute time",
     "of the roof",
     "in collectives",
+    "waiting there",
 )
 NOTES = (
     "the roof is the larger of two times: to read what a step reads, and to multiply what it multiplies, at the rates",
     "measured before and after each turn on as many cores as the ranks have threads; turns count in which these were",
-    "within 10% of each other, where there are any",
+    "within 10% of each other, where there are any. In collectives: without the waiting there for slower ranks; gloo",
+    "does not tell them apart",
 )
 
 
@@ -44,7 +46,8 @@ class Row:
     read_seconds: Figure  # at the rate measured before and after
     compute_seconds: Figure
     roof_share: Figure  # max(read, compute) of the step's time
-    collective_share: Figure | None  # of the turn, on the rank that was in them longest, waiting included; None: alone
+    transfer_share: Figure | None  # of the turn in collectives, without waiting, on the rank with most; None: alone
+    waiting_share: Figure | None  # likewise, waiting in them for slower ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +145,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         format_seconds(row.read_seconds.median),
         format_seconds(row.compute_seconds.median),
         spread(row.roof_share, percent),
-        "" if row.collective_share is None else spread(row.collective_share, percent),
+        *("" if share is None else spread(share, percent) for share in (row.transfer_share, row.waiting_share)),
     )
 
 

@@ -43,6 +43,18 @@ class Arrival(NamedTuple):
     num_tokens: int
 
 
+class CollectiveSeconds(NamedTuple):
+    """How long one rank was in collectives."""
+
+    transfer: float = 0.0  # copying, adding and the hand-over; where waiting is not known, that too
+    waiting: float = 0.0  # for slower ranks
+
+    def plus(self, stats: RankStats) -> "CollectiveSeconds":
+        """Return it with what a rank has reported."""
+        whole, waiting = (sum(delta.sum for delta in times.values()) for times in (stats.collectives, stats.waiting))
+        return CollectiveSeconds(self.transfer + whole - waiting, self.waiting + waiting)
+
+
 class EngineProcess:
     """`with EngineProcess(config) as engine:` is ready inside the block and gone after it.
 
@@ -66,7 +78,7 @@ class EngineProcess:
         self._next_id = 0
         self.pids: list[int] = []
         self.memory: dict[int, Mapping[str, int]] = {}  # of each rank, as it last reported
-        self._collective_seconds: dict[int, float] = {}
+        self._collective_seconds: dict[int, CollectiveSeconds] = {}
         self._silent: set[int] = set()  # ranks that have not reported since they were waited for
 
     def __enter__(self) -> Self:
@@ -133,8 +145,8 @@ class EngineProcess:
                 missing -= sum(map(_has_ended, batch.outputs))
         return arrivals
 
-    def take_collective_seconds(self) -> list[float]:
-        """Return how long each rank was in collectives since this was last asked, waiting for others included.
+    def take_collective_seconds(self) -> list[CollectiveSeconds]:
+        """Return how long each rank was in collectives since this was last asked.
 
         To be asked after a step: it waits for the ranks' reports, which follow within a second.
         """
@@ -143,7 +155,7 @@ class EngineProcess:
         while self._silent and time.monotonic() < deadline:
             self._receive()
         seconds, self._collective_seconds = self._collective_seconds, {}
-        return [seconds.get(rank, 0.0) for rank in range(len(self.pids))]
+        return [seconds.get(rank, CollectiveSeconds()) for rank in range(len(self.pids))]
 
     def _request(self, prompt: list[int], max_tokens: int) -> Request:
         self._next_id += 1
@@ -161,8 +173,7 @@ class EngineProcess:
         return None
 
     def _keep(self, stats: RankStats) -> None:
-        in_collectives = sum(delta.sum for delta in stats.collectives.values())
-        self._collective_seconds[stats.rank] = self._collective_seconds.get(stats.rank, 0.0) + in_collectives
+        self._collective_seconds[stats.rank] = self._collective_seconds.get(stats.rank, CollectiveSeconds()).plus(stats)
         self.memory[stats.rank] = stats.memory
         self._silent.discard(stats.rank)
 

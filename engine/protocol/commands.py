@@ -114,9 +114,9 @@ class BenchDecodeCommand:
 
     model: str
     tensor_parallel_size: int = option(1, "ranks that the model is split over", short="-tp")
-    batch: tuple[str, ...] = option(("1", "8", "32"), "numbers of sequences that decode at once")
-    context: tuple[str, ...] = option(("256",), "tokens that each sequence has before it decodes")
-    prefill: tuple[str, ...] = option(("512",), "lengths of prompts that are computed alone")
+    batch: tuple[str, ...] = option(("1", "8", "32"), "numbers of sequences that decode at once", unit="sequences")
+    context: tuple[str, ...] = option(("256",), "tokens that each sequence has before it decodes", unit="tokens")
+    prefill: tuple[str, ...] = option(("512",), "lengths of prompts that are computed alone", unit="tokens")
     steps: int = option(16, "decode steps of each run")
     runs: int = option(3, "times that each is measured, in turns")
     threads: int | None = option(None, "of each rank; the cores are divided over the ranks when left out")

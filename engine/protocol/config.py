@@ -24,7 +24,7 @@ def option(
         help: one sentence for `--help`.
         short: a second, short spelling such as `-tp`.
         choices: the words it takes, if it takes only some.
-        unit: "bytes" for sizes, which may be written as `4GiB`.
+        unit: "bytes" for sizes, which may be written as `4GiB`; of lists, what their numbers count.
         secret: whether its value is never shown.
     """
     metadata = {"help": help, "short": short, "choices": choices, "unit": unit, "secret": secret}

@@ -78,8 +78,8 @@ def test_ranks_are_measured_beside_one_rank(model: Path, leftovers: Leftovers) -
         for row in rows:
             roof = max(row["read_seconds"]["median"], row["compute_seconds"]["median"])
             assert row["roof_share"]["median"] == pytest.approx(roof / row["step_seconds"]["median"])
-            share = row["collective_share"]
-            assert share is None if setup["tensor_parallel_size"] == 1 else share["median"] > 0
+            for share in (row["transfer_share"], row["waiting_share"]):
+                assert share is None if setup["tensor_parallel_size"] == 1 else 0 < share["median"] < 1
         assert len(setup["memory"]) == setup["tensor_parallel_size"]
         for memory in setup["memory"]:
             assert memory["resident"] > memory["weights"] + memory["kv_cache"] > memory["kv_cache"] > 0

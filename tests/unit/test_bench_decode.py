@@ -189,7 +189,8 @@ ROW = Row(
     read_seconds=Figure.of([0.25]),
     compute_seconds=Figure.of([0.1]),
     roof_share=ONE,
-    collective_share=None,
+    transfer_share=None,
+    waiting_share=None,
 )
 SETUP = SetupReport(
     name="1 rank, 2 threads",
@@ -197,7 +198,17 @@ SETUP = SetupReport(
     threads=2,
     batch_invariant=False,
     cores=2,
-    rows=(ROW, replace(ROW, phase="prefill", batch=1, num_steady=0, collective_share=Figure.of([0.04]))),
+    rows=(
+        ROW,
+        replace(
+            ROW,
+            phase="prefill",
+            batch=1,
+            num_steady=0,
+            transfer_share=Figure.of([0.04]),
+            waiting_share=Figure.of([0.07]),
+        ),
+    ),
     memory=(RankMemory(resident=900 << 20, weights=400 << 20, kv_cache=100 << 20),),
 )
 BENCHMARK = DecodeBenchmark(
@@ -221,7 +232,7 @@ def test_a_table_has_each_step_beside_its_roof() -> None:
     cells = ["decode 8 x 256", "1", "500.0 ms", "16.0", "2.0 GiB", "3.0 Gop", "250.0 ms", "100.0 ms", "50.0%"]
     assert re.split(r"  +", decode) == cells
     assert prefill.startswith("prefill 256     unsteady  ")
-    assert prefill.endswith("4.0%")
+    assert re.split(r"  +", prefill)[-2:] == ["4.0%", "7.0%"]
     assert heading.index("of the roof") == decode.index("50.0%")
     assert memory.endswith("200.0 MiB of a process that imported torch: 200.0 MiB more, 40.0% of weights and KV cache")
     assert blocks[2] == "a over b, decode 8 x 256: 0.50 x; the roofs' ratio 0.50 x; share 100.0%"
