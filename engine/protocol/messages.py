@@ -52,11 +52,16 @@ class SamplingParams(Part, frozen=True):
 
 
 class Request(Part, frozen=True):
-    """One sequence to continue. `prompt_token_ids` has at least one token."""
+    """One sequence to continue. `prompt_token_ids` has at least one token.
+
+    One that a lost engine had begun comes with what was received of it, and goes on behind that as if nothing had been.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    received_token_ids: list[int] = []  # outputs: they count as such for penalties, limits and positions
+    num_received_prompt_logprobs: int = 0  # of those asked for: only the others are wanted
 
 
 class RequestBatch(Message, frozen=True):

@@ -67,6 +67,8 @@ class Scheduler:
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is already in use")
         limit = min(request.sampling.max_tokens, self._max_model_len - prompt_length)
+        if len(request.received_token_ids) >= limit:
+            raise ValueError(f"{len(request.received_token_ids)} tokens were received of at most {limit}")
         sequence = Sequence(request, self._clock(), limit)
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
@@ -220,7 +222,7 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             if self._kv_cache.enable_prefix_caching:
                 self._prefix_cache_queries += sequence.num_prompt_tokens
-                self._prefix_cache_hits += sequence.num_computed_tokens
+                self._prefix_cache_hits += min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
         return sequence.schedule(count)
 
     def _remove(self, sequence: Sequence) -> None:

@@ -39,7 +39,8 @@ class Sequence:
     num_cached_tokens: int | None = None  # … and so is this
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.received_token_ids]
+        self.num_prompt_logprobs = self.request.num_received_prompt_logprobs
 
     @property
     def request_id(self) -> str:
@@ -48,7 +49,7 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens that came with the request."""
+        """Tokens of the request's prompt."""
         return len(self.request.prompt_token_ids)
 
     @property

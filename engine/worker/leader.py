@@ -123,6 +123,7 @@ class Leader:
         sampling = request.sampling
         places: dict[str, Iterable[int]] = {
             "the prompt": request.prompt_token_ids,
+            "what was received": request.received_token_ids,
             "logit_bias": sampling.logit_bias,
             "stop_token_ids": sampling.stop_token_ids,
         }

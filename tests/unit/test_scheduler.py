@@ -10,35 +10,15 @@ from engine.protocol.messages import FinishReason, PromptLogprobs, Request
 from engine.sampling.row import SamplingRow
 from tests.unit.scheduler_support import (
     EPOCH,
-    VOCABULARY,
     FakeRank,
     Runner,
+    drawn_requests,
     lone_logprobs,
     lone_output,
     lone_prompt_logprobs,
     make_request,
     make_scheduler,
 )
-
-stems = st.sampled_from([list(range(10, 40)), [3] * 30, []])  # what prompts have in common
-tails = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=15)
-prompts = st.builds(lambda stem, length, tail: (stem[:length] + tail)[:30], stems, st.integers(0, 30), tails)
-asked = st.one_of(st.none(), st.just(0))
-
-
-@st.composite
-def drawn_requests(draw: st.DrawFn) -> list[Request]:
-    return [
-        make_request(
-            str(i),
-            draw(prompts),
-            draw(st.integers(1, 40)),
-            tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))),
-            logprobs=draw(asked),
-            prompt_logprobs=draw(asked),
-        )
-        for i in range(draw(st.integers(1, 10)))
-    ]
 
 
 @settings(max_examples=150, deadline=None)
