@@ -130,7 +130,7 @@ class RankPlace(BaseModel):
 class Readiness(BaseModel):
     """Answer of `GET /ready`; the bytes are those of all ranks' weights, shown while they are being loaded."""
 
-    state: Literal["STARTING", "READY", "FAILED"]
+    state: Literal["STARTING", "READY", "RECOVERING", "FAILED"]
     epoch: int
     ranks: list[RankPlace]
     error: str | None = None
