@@ -123,6 +123,8 @@ class RankSpec:
     epoch: int
     run_dir: str  # 0700 folder of the sockets of this service
     weights: str = ""  # directory that the weights are read from, where it is not the model's own: the shard cache
+    num_kv_blocks: int | None = None  # of the groups before this one, which all requests in flight were measured by …
+    max_model_len: int | None = None  # … and their context; None: there were none that came to be READY
 
     @property
     def weights_directory(self) -> Path:

@@ -269,6 +269,7 @@ class Recovery(Part, frozen=True):
     noticed_at: float  # seconds since the epoch of the calendar
     in_step: list[str] = []  # request ids in the step that was not finished; none if there was no such step
     seconds: dict[str, float] = {}  # by phase: kill, respawn (until each rank said HELLO), load (until READY)
+    kind: str = "died"  # a word for the cause: died, hung, failed (by its own word), orchestrator, link
 
 
 class GroupStatus(Message, frozen=True):
