@@ -71,6 +71,8 @@ class Option:
             return format_bytes(default)
         if self.type is tuple:
             return ",".join(default)
+        if self.type is float and default is not None:
+            return f"{default:g}"
         return "" if default is None else str(default)
 
 
@@ -125,6 +127,14 @@ def _parse_whole_number(value: object) -> int:
     raise ValueError(f"must be a whole number, not {value!r}")
 
 
+def _parse_number(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_text_of_one = isinstance(value, str) and re.fullmatch(r"\s*[+-]?(\d{1,100}\.?\d{0,100}|\.\d{1,100})\s*", value)
+    if is_number or is_text_of_one:
+        return float(str(value))
+    raise ValueError(f"must be a number, not {value!r}")
+
+
 def _parse_switch(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -146,9 +156,10 @@ _PARSERS: Mapping[type, Callable[[object], object]] = {
     str: _parse_text,
     tuple: _parse_list,
     int: _parse_whole_number,
+    float: _parse_number,
     bool: _parse_switch,
 }
-_METAVARS: Mapping[type, str] = {str: "TEXT", tuple: "TEXT,TEXT", int: "N"}
+_METAVARS: Mapping[type, str] = {str: "TEXT", tuple: "TEXT,TEXT", int: "N", float: "NUMBER"}
 
 
 def add_options(
