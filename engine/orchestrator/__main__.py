@@ -1,6 +1,7 @@
 """`python -m engine.orchestrator [SPEC]`: run a rank group until standard input ends or SIGTERM comes.
 
-Without SPEC, standard input first says where that is, in a line: the first rank imports torch meanwhile.
+Without SPEC, standard input first says where that is, in a line: the process that ranks are forked from imports torch
+meanwhile.
 """
 
 import contextlib
@@ -8,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-from engine.orchestrator.launcher import ForkedRanks
+from engine.orchestrator.launcher import RANK_COMMAND, ForkServer
 
 
-def main(ranks: ForkedRanks) -> int:
+def main(forks: ForkServer) -> int:
     """Return the exit code."""
     import msgspec  # noqa: PLC0415
 
@@ -22,11 +23,11 @@ def main(ranks: ForkedRanks) -> int:
     if not path:
         return 0
     spec = msgspec.json.decode(Path(path).read_bytes(), type=RankSpec)
-    return MultiGPUOrchestrator(spec, spec_path=Path(path), start_ranks=ranks.start).run()
+    return MultiGPUOrchestrator(spec, spec_path=Path(path), start_ranks=forks.start_ranks).run()
 
 
 if __name__ == "__main__":
     with contextlib.ExitStack() as ending:
-        ranks = ForkedRanks()
-        ending.callback(ranks.kill)
-        sys.exit(main(ranks))
+        forks = ForkServer(RANK_COMMAND)
+        ending.callback(forks.kill)
+        sys.exit(main(forks))

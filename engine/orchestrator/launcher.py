@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
-from engine.protocol.environment import PARENT_PID_VARIABLE, STORE_FD_VARIABLE
+from engine.protocol.environment import EPOCH_VARIABLE, PARENT_PID_VARIABLE, STORE_FD_VARIABLE
 from engine.worker.parent import adopt_orphans
 
 RANK_COMMAND = (sys.executable, "-P", "-m", "engine.worker")
@@ -37,16 +37,24 @@ class Ranks(Protocol):
         ...
 
 
-class RankProcesses:
-    """Ranks that are started by a command each."""
+class StartRanks(Protocol):
+    """Starts the ranks of an epoch, of what the file says."""
 
-    def __init__(self, spec_path: Path, world_size: int, command: Sequence[str]) -> None:
+    def __call__(self, spec_path: Path, world_size: int, *, epoch: int) -> Ranks:
+        """Return as many processes as `world_size`, which may not be there yet."""
+        ...
+
+
+class RankProcesses:
+    """Ranks that are started by a command each, of `epoch`, or of the one that the file says."""
+
+    def __init__(self, spec_path: Path, world_size: int, command: Sequence[str], *, epoch: int | None = None) -> None:
         # The ranks' meeting point is bound here and handed to rank 0: nobody can take the port in between.
         with socket.create_server(("127.0.0.1", 0)) as store:
             self._processes = [
                 subprocess.Popen(
                     [*command, str(spec_path)],
-                    env=_environment(rank, world_size, store),
+                    env={**_environment(), **_environment_of_rank(rank, world_size, epoch, store)},
                     stdin=subprocess.DEVNULL,
                     pass_fds=(store.fileno(),) if rank == 0 else (),
                 )
@@ -70,56 +78,80 @@ class RankProcesses:
             process.wait()
 
 
-class ForkedRanks:
-    """Ranks that import torch once: the first is started before it is known what to run, and forks the others.
+class ForkServer:
+    """A process that imports torch once, from which the ranks of each epoch are forked; see `engine.worker.fork`.
 
-    Those are this process's children too; see `engine.worker.fork`.
+    It is started at once, before it is known what to run. If it is gone when ranks are to be started, another is.
     """
 
-    def __init__(self, command: Sequence[str] = RANK_COMMAND) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         adopt_orphans()
-        self._link, theirs = socket.socketpair()
-        with theirs, socket.create_server(("127.0.0.1", 0)) as store:
-            environment = {**_environment(0, 1, store), **ONE_THREAD}
-            self._first = subprocess.Popen(command, env=environment, stdin=theirs.fileno(), pass_fds=(store.fileno(),))
-        self._link.setblocking(False)
-        self._forked: list[int] = []  # process ids of ranks 1, 2, …, once they are known
+        self._command = command
+        self._start()
+
+    def _start(self) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link.setblocking(False)
+        with theirs:
+            environment = {**_environment(), **ONE_THREAD}
+            self.process = subprocess.Popen(self._command, env=environment, stdin=theirs.fileno())
+
+    def start_ranks(self, spec_path: Path, world_size: int, *, epoch: int) -> "ForkedRanks":
+        """Have `world_size` ranks forked, of what the file says, in `epoch`."""
+        if self.process.poll() is not None:
+            self.link.close()
+            self._start()
+        with (
+            socket.create_server(("127.0.0.1", 0)) as store,
+            contextlib.suppress(BrokenPipeError, ConnectionResetError),  # it has ended, as will be noticed
+        ):
+            socket.send_fds(self.link, [os.fsencode(f"{epoch} {world_size} {spec_path}")], [store.fileno()])
+        return ForkedRanks(self)
+
+    def kill(self) -> None:
+        """End it; its ranks go on."""
+        self.process.kill()
+        self.process.wait()
+
+
+class ForkedRanks:
+    """Ranks of one epoch, forked by a `ForkServer`. They are this process's children; see `Ranks`."""
+
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
+        self._pids: list[int] = []  # none until they are told
         self._codes: dict[int, int] = {}
 
-    def start(self, spec_path: Path, world_size: int) -> Self:
-        """Have them be `world_size` ranks of what the file says."""
-        with contextlib.suppress(BrokenPipeError):  # the first has ended, as will be noticed
-            self._link.send(os.fsencode(f"{world_size} {spec_path}"))
-        return self
-
     def dead(self) -> dict[int, int]:
-        """See `Ranks`."""
+        """See `Ranks`. Before any is forked, the process that they are forked from counts as rank 0."""
+        code = self._server.process.poll()
         self._hear_of_forks()
-        code = self._first.poll()
-        if code is not None:
-            self._codes[0] = code
-        for rank, pid in enumerate(self._forked, start=1):
+        if not self._pids:
+            return {} if code is None else {0: code}
+        for rank, pid in enumerate(self._pids):
             self._reap(rank, pid, os.WNOHANG)
         return dict(self._codes)
 
     def pid(self, rank: int) -> int:
         """See `Ranks`."""
-        return self._first.pid if rank == 0 else self._forked[rank - 1]
+        return self._pids[rank] if self._pids else self._server.process.pid
 
     def kill(self) -> None:
-        """See `Ranks`. A rank that was being forked dies with this process."""
-        self._first.kill()
-        self._first.wait()
+        """See `Ranks`. Ranks that are being forked end when the process that forks them does."""
         self._hear_of_forks()
-        for rank, pid in enumerate(self._forked, start=1):
+        if not self._pids:
+            self._server.kill()
+            self._hear_of_forks()
+        for rank, pid in enumerate(self._pids):
             if rank not in self._codes:
                 os.kill(pid, signal.SIGKILL)
-                self._reap(rank, pid, 0)
+        for rank, pid in enumerate(self._pids):
+            self._reap(rank, pid, 0)
 
     def _hear_of_forks(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            if told := self._link.recv(65536):
-                self._forked = [int(pid) for pid in told.split()]
+        if not self._pids:
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                self._pids = [int(pid) for pid in self._server.link.recv(65536).split()]
 
     def _reap(self, rank: int, pid: int, options: int) -> None:
         if rank not in self._codes:
@@ -138,19 +170,26 @@ def describe_exit(code: int) -> str:
     return f"exited with code {code}"
 
 
-def _environment(rank: int, world_size: int, store: socket.socket) -> dict[str, str]:
+def _environment() -> dict[str, str]:
+    """Return what is the same for all ranks."""
     return {
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this machine; the host name need not resolve
         # torch asks for the name of each address that it connects to, ::ffff:127.0.0.1 here, which only DNS may know:
         # where an answer is lost, a start waits for one second, not five.
         "RES_OPTIONS": "timeout:1",
         **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        PARENT_PID_VARIABLE: str(os.getpid()),
+    }
+
+
+def _environment_of_rank(rank: int, world_size: int, epoch: int | None, store: socket.socket) -> dict[str, str]:
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.getsockname()[1]),
         STORE_FD_VARIABLE: str(store.fileno()),
-        PARENT_PID_VARIABLE: str(os.getpid()),
+        **({} if epoch is None else {EPOCH_VARIABLE: str(epoch)}),
     }

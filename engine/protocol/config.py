@@ -124,7 +124,8 @@ class EngineConfig:
             raise ValueError("--mlock keeps mapped weights in memory: it has no effect with --no-mmap")
 
 
-RUN_DIR_FILES = ("control-*", "engine-*", "steps-*", "beats-*", "status", "spec.json")
+EPOCH_FILES = ("control-*", "engine-*", "steps-*", "beats-*")
+RUN_DIR_FILES = (*EPOCH_FILES, "status", "spec.json")
 
 
 @dataclass(frozen=True, kw_only=True)

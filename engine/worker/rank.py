@@ -20,6 +20,7 @@ from engine.kernels.base import Kernels
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.parallel.base import use_kernels
+from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
 from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
@@ -202,21 +203,23 @@ def _make_loop(
         dtype=shard.dtype,
         device=shard.device,
     )
+    beats = RankBeats(spec.beats_path, group.rank, group.world_size)
     runner = ModelRunner(
         shard.model,
         attention_backend(shard.kernels, kv_caches),
         group,
         vocab_size=shard.config.vocab_size,
         device=shard.device,
+        note_progress=beats.beat,
     )
     kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in kv_caches)
     memory = {"weights": shard.weight_bytes, "kv_cache": kv_bytes}
     statistics = RankStatistics(group, memory, shard.mapped, epoch=spec.epoch)
     if group.rank == 0:
-        return _make_leader(spec, group, shard, start, context, runner, statistics)
+        return _make_leader(spec, group, shard, start, context, runner, statistics, beats)
     steps = Channel(context, spec.epoch, ScheduledStep)
     steps.connect(spec.step_endpoint(group.rank))
-    return Follower(runner, steps, statistics)
+    return Follower(runner, steps, statistics, beats)
 
 
 def _make_leader(
@@ -227,6 +230,7 @@ def _make_leader(
     context: "zmq.Context[zmq.Socket[bytes]]",
     runner: ModelRunner,
     statistics: RankStatistics,
+    beats: RankBeats,
 ) -> Leader:
     server = Channel(context, spec.epoch, RequestBatch)
     server.bind(spec.engine_endpoint)
@@ -249,6 +253,7 @@ def _make_leader(
         followers,
         statistics,
         choose_sampler(shard.kernels),
+        beats,
         epoch=spec.epoch,
         vocab_size=shard.config.vocab_size,
     )
