@@ -23,9 +23,9 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 
 def create_app(service: Service, config: ServerConfig, credentials: Credentials) -> ASGIApp:
     """Return the application that serves `service`, and all that is around it."""
-    app: ASGIApp = _api(service, is_locked=credentials.api_key is not None)
-    if credentials.api_key is not None:
-        app = APIKeyAuth(app, credentials.api_key)
+    app: ASGIApp = _api(service, is_locked=bool(credentials.keys))
+    if credentials.keys:
+        app = APIKeyAuth(app, credentials.keys, service.metrics)
     app = BodyLimit(app, config.max_body_size)
     if config.allowed_origins:  # outside of the others: pages may read errors, and ask without a key what is allowed
         app = CORS(

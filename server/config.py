@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
-from server.limits import RequestLimits
+from server.limits import QueueLimits, RequestLimits
 from server.model_source.config import ModelSourceConfig, is_hub_name
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
@@ -16,7 +16,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig(RequestLimits, ModelSourceConfig):
+class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
     """Where and how the API is served, and what a request may ask for.
 
     Raises:
@@ -39,7 +39,9 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
         "command line: prefer the variable or --api-key-file",
         secret=True,
     )
-    api_key_file: str | None = option(None, "file that holds the API key")
+    api_key_file: str | None = option(
+        None, "file that holds the API key, or a YAML list of several with names and limits: see the guide"
+    )
     ssl_certfile: str | None = option(None, "PEM file of the certificate (with its chain) to serve HTTPS with")
     ssl_keyfile: str | None = option(None, "PEM file of the certificate's key; in --ssl-certfile when left out")
     ssl_keyfile_password: str | None = option(None, "password of an encrypted key", secret=True)
@@ -55,6 +57,7 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
 
     def __post_init__(self) -> None:
         RequestLimits.__post_init__(self)
+        QueueLimits.__post_init__(self)
         ModelSourceConfig.__post_init__(self)
         self._check_choices()
         if not 0 <= self.port <= 65535:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from engine.protocol.messages import Request, SamplingParams, TokenLogprobs, TokenOutput
+from server.admission import AdmissionQueue
 from server.choice import Choice, Delta, Reason, TextOptions
-from server.engine_client import EngineClient
 from server.errors import APIError
 from server.text.token_bytes import TokenBytes
 from server.transcript import LogprobEntry
@@ -25,6 +25,8 @@ class GenerationPlan:
     num_choices: int  # … of which so many are wanted: the likeliest
     text: TextOptions
     arrival: float  # of the API request, by `time.perf_counter`
+    key: str  # name of the API key that it came with
+    deadline: float | None  # when it ends with an error if it has not ended before, by the same clock
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Completion:
 class Generation:
     """All choices of one API request, numbered prompt by prompt."""
 
-    def __init__(self, engine: EngineClient, token_bytes: TokenBytes, plan: GenerationPlan) -> None:
-        self._engine = engine
+    def __init__(self, queue: AdmissionQueue, token_bytes: TokenBytes, plan: GenerationPlan) -> None:
+        self._queue = queue
         self._plan = plan
         self._requests = _requests(plan)
         self._open = {
@@ -78,7 +80,7 @@ class Generation:
         Raises:
             APIError: when the engine takes no requests, or could not finish one.
         """
-        inbox = self._engine.submit(self._requests, self._plan.arrival)
+        inbox = self._queue.submit(self._requests, self._plan.arrival, self._plan.key, self._plan.deadline)
         try:
             while self._open:
                 deltas, error = self._feed_until_error(await inbox.take())
@@ -87,7 +89,7 @@ class Generation:
                 if error is not None:
                     raise error
         finally:
-            self._engine.abort(self._open)
+            self._queue.abort(self._open)
 
     def _feed_until_error(self, outputs: Iterable[TokenOutput]) -> tuple[list[Delta], APIError | None]:
         deltas: list[Delta] = []
@@ -104,7 +106,7 @@ class Generation:
         delta = self._open[output.request_id].feed(output)
         if delta.finish_reason is not None:
             del self._open[output.request_id]
-            self._engine.end(output.request_id)  # it goes on where only a stop string ended it
+            self._queue.end(output.request_id)  # it goes on where only a stop string ended it
         return delta
 
     async def collect(self) -> list[Completion]:

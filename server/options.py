@@ -241,31 +241,32 @@ def from_file(path: str, options: Iterable[Option]) -> dict[str, Value]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key may appear once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return what a mapping holds."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise _DuplicateKeyError(f"{key} is written twice")
+                raise DuplicateKeyError(f"{key} is written twice")
         return super().construct_mapping(node, deep)
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class DuplicateKeyError(ValueError):
+    """A key appears twice."""
 
 
 def _read_mapping(path: str) -> dict[object, object]:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path}: not UTF-8 text") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
-    except _DuplicateKeyError as error:
+    except DuplicateKeyError as error:
         raise ValueError(f"--config {path}: {error}") from error
     if content is None:
         return {}

@@ -10,6 +10,7 @@ import zmq.asyncio
 
 from engine.protocol.affinity import keep_process_on
 from engine.protocol.messages import GroupStatus
+from server.admission import AdmissionQueue
 from server.app import create_app
 from server.banner import banner, listening_url
 from server.config import ServerConfig
@@ -54,6 +55,7 @@ async def _serve(
     context = zmq.asyncio.Context()
     metrics = Metrics()
     client = EngineClient(context, metrics)
+    queue = AdmissionQueue(client, metrics, config, process.spec.engine.max_num_seqs)
     ready = asyncio.Event()
     loading = LoadingProgress(sys.stderr)
 
@@ -64,14 +66,14 @@ async def _serve(
         sys.stderr.write(banner(status, process.spec, model, url) + "\n")
         weights.start_writing()
 
-    app = create_app(Service(model, client, metrics, config), config, credentials)
+    app = create_app(Service(model, queue, metrics, config), config, credentials)
     http = HTTPServer(app, config, credentials)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
     try:
         await asyncio.wait((serving, supervising, stopping), return_when=asyncio.FIRST_COMPLETED)
         failure = supervising.result() if supervising.done() else None
-        await client.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
+        await queue.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
     finally:
         loading.close()
         supervising.cancel()

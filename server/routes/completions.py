@@ -12,6 +12,7 @@ from server.api.logprobs import LogprobFormat
 from server.api.requests import CompletionRequest
 from server.api.responses import CompletionChoice, CompletionResponse
 from server.generation import Completion
+from server.middleware.auth import key_name
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, Service, ServiceOf
 from server.streaming import EventStream, collect, events_of, usage_of
@@ -34,7 +35,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     service.check(body)
     prompts = Prompts("prompt", await _prompt_ids(body, service))
     response_id = f"cmpl-{uuid.uuid4().hex}"
-    generation = service.generation(body, response_id, prompts, DEFAULT_MAX_TOKENS, arrival)
+    generation = service.generation(body, response_id, prompts, DEFAULT_MAX_TOKENS, arrival, key_name(request.scope))
     logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
         chunks = CompletionChunks(response_id, service.model.name, logprobs, body.include_usage)

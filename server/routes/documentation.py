@@ -23,6 +23,8 @@ GENERATION_RESPONSES: _Responses = {
     },
     **BAD_REQUEST,
     **NOT_FOUND,
+    429: {"model": ErrorResponse, "description": "There is too much to do; `Retry-After` says when to try again."},
     500: {"model": ErrorResponse, "description": "The engine could not finish the request."},
     503: {"model": ErrorResponse, "description": "The engine is not ready."},
+    504: {"model": ErrorResponse, "description": "The request was not finished in time."},
 }

@@ -32,6 +32,7 @@ from engine.protocol.messages import (
     TokenOutput,
 )
 from engine.protocol.model_config import ModelConfig
+from server.admission import AdmissionQueue
 from server.app import create_app
 from server.config import ServerConfig
 from server.credentials import Credentials
@@ -165,6 +166,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.script: Callable[[Request], str] = lambda request: f"choice {request.sampling.choice_index}"
         self.step_seconds = 0.0
+        self.is_paused = False  # takes requests and emits nothing
         self.fails_after: int | None = None  # tokens
         self.batches: list[RequestBatch] = []
         self._tokenizer = tokenizer
@@ -203,7 +205,8 @@ class ScriptedEngine:
     async def _step(self, channel: AsyncChannel) -> None:
         for step in range(10**9):
             await asyncio.sleep(self.step_seconds or 0.001)
-            outputs = [sequence.next(self.fails_after) for sequence in self._running.values()]
+            running = [] if self.is_paused else self._running.values()
+            outputs = [sequence.next(self.fails_after) for sequence in running]
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._running[output.request_id]
@@ -231,10 +234,11 @@ class ServerLog(logging.Handler):
 class RunningServer:
     """The server in a thread, with its scripted engine."""
 
-    def __init__(self, model: Path, *, ready: bool, config: ServerConfig) -> None:
+    def __init__(self, model: Path, *, ready: bool, config: ServerConfig, max_num_seqs: int) -> None:
         self.engine = ScriptedEngine(Tokenizer.from_file(str(model / "tokenizer.json")))
         self._model = model
         self._ready = ready
+        self._max_num_seqs = max_num_seqs
         self._config = replace(config, served_model_name="scripted")
         self._credentials = Credentials.load(config)
         self._started = threading.Event()
@@ -258,7 +262,7 @@ class RunningServer:
 
     def fail(self, reason: str) -> None:
         """End everything in flight as the loss of the engine does."""
-        asyncio.run_coroutine_threadsafe(self.client.close(reason), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.queue.close(reason), self._loop).result(10)
 
     def send(self, report: StatsReport) -> None:
         """Have the engine send statistics."""
@@ -269,9 +273,10 @@ class RunningServer:
         context = zmq.asyncio.Context()
         metrics = Metrics()
         self.client = EngineClient(context, metrics)
+        self.queue = AdmissionQueue(self.client, metrics, self._config, self._max_num_seqs)
         files = ModelFiles.read(str(self._model))
         text_model = TextModel.load(files, self._config, ModelConfig.from_directory(self._model))
-        app = create_app(Service(text_model, self.client, metrics, self._config), self._config, self._credentials)
+        app = create_app(Service(text_model, self.queue, metrics, self._config), self._config, self._credentials)
         self._http = HTTPServer(app, self._config, self._credentials)
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
             self._channel = AsyncChannel(context, 1, RequestBatch)
@@ -283,7 +288,7 @@ class RunningServer:
             await self._http.serve([self._listener])
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            await self.client.close("stopped")
+            await self.queue.close("stopped")
             self._channel.close()
             context.destroy(linger=0)
 
@@ -300,8 +305,10 @@ def ready_status(endpoint: str) -> GroupStatus:
 
 
 @contextmanager
-def running_server(model: Path, *, ready: bool = True, **options: Any) -> Iterator[RunningServer]:
-    server = RunningServer(model, ready=ready, config=ServerConfig(**options))
+def running_server(
+    model: Path, *, ready: bool = True, max_num_seqs: int = 64, **options: Any
+) -> Iterator[RunningServer]:
+    server = RunningServer(model, ready=ready, config=ServerConfig(**options), max_num_seqs=max_num_seqs)
     server.start()
     try:
         yield server
