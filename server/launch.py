@@ -139,19 +139,8 @@ class EngineProcess:
         self._process.wait()
         self._close_input()
         deadline = time.monotonic() + KILL_SECONDS
-        while not self._is_stopped and self._has_members() and time.monotonic() < deadline:
-            time.sleep(0.005)
-
-    def _has_members(self) -> bool:
-        """Say whether a process of the orchestrator's group is left."""
-        with contextlib.suppress(ChildProcessError):  # they are ours where this is the machine's first process
-            while os.waitpid(-self._process.pid, os.WNOHANG)[0]:
-                pass
-        try:
-            os.killpg(self._process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+        while not self._is_stopped and _has_members(self._process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _close_input(self) -> None:
         assert self._process.stdin is not None
@@ -165,6 +154,22 @@ class EngineProcess:
             for path in self.run_dir.glob(pattern):
                 if path.name != kept:
                     path.unlink(missing_ok=True)
+
+
+def _has_members(group: int) -> bool:
+    """Say whether a process of a process group still runs. Who has ended counts no more, reaped or not."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return any(_is_running_in(group, path) for path in Path("/proc").glob("[0-9]*/stat"))
+
+
+def _is_running_in(group: int, stat: Path) -> bool:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+        return int(its_group) == group and state not in "ZX"
+    return False
 
 
 def _make_run_dir() -> Path:
