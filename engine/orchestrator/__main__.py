@@ -14,16 +14,13 @@ from engine.orchestrator.launcher import RANK_COMMAND, ForkServer
 
 def main(forks: ForkServer) -> int:
     """Return the exit code."""
-    import msgspec  # noqa: PLC0415
-
     from engine.orchestrator.orchestrator import MultiGPUOrchestrator  # noqa: PLC0415  (takes long)
-    from engine.protocol.config import RankSpec  # noqa: PLC0415
+    from engine.protocol.config import read_spec  # noqa: PLC0415
 
     path = sys.argv[1] if len(sys.argv) > 1 else os.fsdecode(os.read(0, 4096)).removesuffix("\n")
     if not path:
         return 0
-    spec = msgspec.json.decode(Path(path).read_bytes(), type=RankSpec)
-    return MultiGPUOrchestrator(spec, spec_path=Path(path), start_ranks=forks.start_ranks).run()
+    return MultiGPUOrchestrator(read_spec(Path(path)), spec_path=Path(path), start_ranks=forks.start_ranks).run()
 
 
 if __name__ == "__main__":

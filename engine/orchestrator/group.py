@@ -125,6 +125,8 @@ class Group:
             self._lose(loss)
         if self._seconds_until_report() == 0:
             self._report_coming()
+        if self.is_ready:
+            self._ranks.prepare_next()
 
     def _take_messages(self) -> Iterator[Message]:
         for control in self._controls:

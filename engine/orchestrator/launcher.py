@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from engine.worker.parent import adopt_orphans
 
 RANK_COMMAND = (sys.executable, "-P", "-m", "engine.worker")
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library starts its threads when it is loaded, before the fork
+REPLACE_SECONDS = 30.0  # that a process which ranks are forked from must have lived to be replaced before it is needed
 BUS_ERROR = (
     "memory behind which there is nothing any more; was a weights file cut that is mapped, does its disk fail, or is "
     "/dev/shm full? With --no-mmap weights need no file once they are loaded"
@@ -30,6 +32,10 @@ class Ranks(Protocol):
 
     def pid(self, rank: int) -> int:
         """Return a rank's process id."""
+        ...
+
+    def prepare_next(self) -> None:
+        """Have ready what makes the start of the next group fast."""
         ...
 
     def kill(self) -> None:
@@ -70,6 +76,9 @@ class RankProcesses:
         """See `Ranks`."""
         return self._processes[rank].pid
 
+    def prepare_next(self) -> None:
+        """See `Ranks`. Each is started by a command: there is nothing to prepare."""
+
     def kill(self) -> None:
         """See `Ranks`."""
         for process in self._processes:
@@ -81,12 +90,13 @@ class RankProcesses:
 class ForkServer:
     """A process that imports torch once, from which the ranks of each epoch are forked; see `engine.worker.fork`.
 
-    It is started at once, before it is known what to run. If it is gone when ranks are to be started, another is.
+    It is started at once, before it is known what to run. If it ends, another takes its place; its ranks go on.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         adopt_orphans()
         self._command = command
+        self._cpus = os.sched_getaffinity(0)
         self._start()
 
     def _start(self) -> None:
@@ -95,12 +105,14 @@ class ForkServer:
         with theirs:
             environment = {**_environment(), **ONE_THREAD}
             self.process = subprocess.Popen(self._command, env=environment, stdin=theirs.fileno())
+        self._started_at = time.monotonic()
+        with contextlib.suppress(OSError):  # it has ended, or what may be used has changed
+            os.sched_setaffinity(self.process.pid, self._cpus)  # this process may be kept on fewer by now
 
     def start_ranks(self, spec_path: Path, world_size: int, *, epoch: int) -> "ForkedRanks":
         """Have `world_size` ranks forked, of what the file says, in `epoch`."""
         if self.process.poll() is not None:
-            self.link.close()
-            self._start()
+            self._replace()
         with (
             socket.create_server(("127.0.0.1", 0)) as store,
             contextlib.suppress(BrokenPipeError, ConnectionResetError),  # it has ended, as will be noticed
@@ -108,8 +120,17 @@ class ForkServer:
             socket.send_fds(self.link, [os.fsencode(f"{epoch} {world_size} {spec_path}")], [store.fileno()])
         return ForkedRanks(self)
 
+    def prepare(self) -> None:
+        """Start another if it has ended, for ranks to come; not if it ends again and again."""
+        if self.process.poll() is not None and time.monotonic() - self._started_at > REPLACE_SECONDS:
+            self._replace()
+
+    def _replace(self) -> None:
+        self.link.close()
+        self._start()
+
     def kill(self) -> None:
-        """End it; its ranks go on."""
+        """End it."""
         self.process.kill()
         self.process.wait()
 
@@ -130,11 +151,16 @@ class ForkedRanks:
             return {} if code is None else {0: code}
         for rank, pid in enumerate(self._pids):
             self._reap(rank, pid, os.WNOHANG)
+        self._reap_others()
         return dict(self._codes)
 
     def pid(self, rank: int) -> int:
         """See `Ranks`."""
         return self._pids[rank] if self._pids else self._server.process.pid
+
+    def prepare_next(self) -> None:
+        """See `Ranks`."""
+        self._server.prepare()
 
     def kill(self) -> None:
         """See `Ranks`. Ranks that are being forked end when the process that forks them does."""
@@ -158,6 +184,13 @@ class ForkedRanks:
             ended, status = os.waitpid(pid, options)
             if ended:
                 self._codes[rank] = os.waitstatus_to_exitcode(status)
+
+    def _reap_others(self) -> None:
+        """Reap what was adopted of a process that ended while it forked."""
+        known = {self._server.process.pid, *self._pids}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
+                os.waitpid(ended.si_pid, 0)
 
 
 def describe_exit(code: int) -> str:

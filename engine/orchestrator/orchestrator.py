@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from engine.orchestrator.group import Group, remove_files
@@ -91,6 +92,8 @@ class MultiGPUOrchestrator:
     def _follow(self, group: Group) -> None:
         """Let a group run until asked to stop."""
         keep_process_on(self._cpus)  # the ranks are to find all cores
+        if not self._spec_path.exists():  # what cleans /tmp up has been there
+            self._spec_path.write_bytes(msgspec.json.encode(self._spec))
         group.start(self._start_ranks, self._spec_path)
         for control in group.sockets:
             self._poller.register(control, zmq.POLLIN)

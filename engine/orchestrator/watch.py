@@ -50,7 +50,7 @@ class Watch:
             since = 0.0 if stopped_for is None else stopped_for + elapsed
             self._stopped_for[rank] = since if self._is_stopped(rank) else None
         return self._loss(self._stopped_for, "was stopped, and not continued within") or self._loss(
-            self._silent_for, "got no further in its step within"
+            self._silent_for, "got no further with a step within"
         )
 
     def _loss(self, seconds: Sequence[float | None], what: str) -> Loss | None:

@@ -31,8 +31,11 @@ class Beats:
     """
 
     def __init__(self, path: Path, num_ranks: int) -> None:
-        self._path = path
         self._step_at = _step_offset(num_ranks)
+        self._make(path)
+
+    def _make(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(self._descriptor, 0, self._step_at + STEP_BYTES)  # now, not by SIGBUS in a step
@@ -47,15 +50,20 @@ class Beats:
 
     def step(self) -> list[str]:
         """Return the ids of the requests in the step that was begun and not applied. To be asked of dead ranks."""
-        length = _LENGTH.unpack(os.pread(self._descriptor, _LENGTH.size, self._step_at))[0]
-        with contextlib.suppress(msgspec.DecodeError, ValueError):  # a rank that ran wild may have written anything
-            payload = os.pread(self._descriptor, length, self._step_at + _LENGTH.size)
-            return msgspec.msgpack.decode(payload, type=list[str]) if payload else []
+        content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, self._step_at)
+        length = _LENGTH.unpack_from(content)[0]
+        if length > 0:
+            with contextlib.suppress(msgspec.DecodeError):  # a rank that ran wild may have written anything
+                return msgspec.msgpack.decode(content[_LENGTH.size : _LENGTH.size + length], type=list[str])
         return []
 
     def pass_on(self, path: Path) -> None:
         """Be the file of the next epoch's ranks, once those of this are dead: a full disk has room for that too."""
-        self._path = self._path.rename(path)
+        try:
+            self._path = self._path.rename(path)
+        except FileNotFoundError:  # what cleans /tmp up has found it
+            os.close(self._descriptor)
+            self._make(path)
         self._lines[:] = memoryview(bytes(self._step_at)).cast("q")
         os.pwrite(self._descriptor, bytes(_LENGTH.size), self._step_at)
 

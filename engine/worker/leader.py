@@ -82,8 +82,9 @@ class Leader:
         output = self._runner.run(step)
         self._beats.beat()
         result = self._sample(step, output)
-        self._emit(step.step, self._scheduler.apply(step, result))
-        self._beats.end_step()
+        outputs = self._scheduler.apply(step, result)
+        self._beats.end_step()  # before anybody hears of it: who has, is not told that the step was lost
+        self._emit(step.step, outputs)
         self._statistics.note_work()
 
     def _sample(self, step: ScheduledStep, output: RunnerOutput) -> StepResult:

@@ -46,6 +46,9 @@ from engine.worker.placement import Placement
 from engine.worker.progress import LoadingReporter
 from engine.worker.statistics import RankStatistics, process_memory
 
+# For ranks to meet, and for each collective. It is the orchestrator that finds ranks which hang, sooner.
+LEAST_TIMEOUT_SECONDS = 300.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -112,7 +115,11 @@ def _set_up(
     placement = choose_placement(spec.engine, local_rank)
     control.send(hello(spec, rank, device, placement))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
-    group = ProcessGroupManager(device, collectives=spec.engine.collectives).tensor_parallel
+    group = ProcessGroupManager(
+        device,
+        timeout_seconds=max(LEAST_TIMEOUT_SECONDS, 2 * spec.engine.rank_timeout),
+        collectives=spec.engine.collectives,
+    ).tensor_parallel
     shard = _load(spec, group, device, placement, control)
     start = _agree(spec, group, shard, control)
     loop = _make_loop(spec, group, shard, start, context)
