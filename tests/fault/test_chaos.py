@@ -146,7 +146,7 @@ def disturb(
             disturbance(before, draw)
             after = recovered(service, before["epoch"])
             crowd.wait_for_tokens(crowd.num_tokens + len(requests))
-            recoveries.note(began, after["recovery"], crowd.streams)
+            recoveries.note(began, after["last_recovery"], crowd.streams)
         return crowd.finish(), recoveries
 
 
