@@ -25,8 +25,8 @@ class QueueLimits:
 
     max_queued_requests: int = option(1024, "most requests that wait for the engine; more are refused with 429")
     max_queued_tokens: int = option(2**22, "most tokens of the prompts that wait; more are refused with 429")
-    request_timeout: int | None = option(
-        None, "seconds after which a request ends with 504; a request may ask for less (timeout)"
+    request_timeout: float | None = option(
+        None, "seconds after which a request ends with 504; requests may ask for less (timeout); no end when left out"
     )
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class QueueLimits:
         for name, most in most_of.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                raise ValueError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {value:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

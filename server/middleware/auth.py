@@ -11,11 +11,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api_keys import ANONYMOUS, APIKey
 from server.errors import APIError, too_many
 from server.metrics import CONCURRENCY_LIMITED, RATE_LIMITED, Metrics
+from server.middleware.draining import STREAMS_FOLDER
 
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json")  # all others need a key
 OPEN_FOLDER = "/docs/assets/"
 MINUTE = 60.0  # seconds
-_SCOPE_KEY = "ryzanstein.api_key"
+_SCOPE_KEY = "api_key_name"
 
 
 class APIKeyAuth:
@@ -28,11 +29,12 @@ class APIKeyAuth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if is_open(scope["path"].removeprefix(scope["root_path"])):
+        path = scope["path"].removeprefix(scope["root_path"])
+        if is_open(path):
             await self._app(scope, receive, send)
         elif (account := self._account(scope)) is None:
             await _unauthorized().response({"www-authenticate": "Bearer"})(scope, receive, send)
-        elif (refusal := account.refusal(time.monotonic())) is not None:
+        elif (refusal := account.refusal(time.monotonic(), is_new=not path.startswith(STREAMS_FOLDER))) is not None:
             self._metrics.rejected.labels(refusal.code).inc()
             await refusal.response()(scope, receive, send)
         else:
@@ -64,13 +66,13 @@ class _Account:
         """Whether `key` is this one, told in a time that does not depend on it."""
         return hmac.compare_digest(key, self._key)
 
-    def refusal(self, now: float) -> APIError | None:
-        """Return the error for a request that comes now, or None and count it as one of the minute's."""
+    def refusal(self, now: float, *, is_new: bool = True) -> APIError | None:
+        """Return the error for a request that comes now; or None, and count it as one of the minute's if it is new."""
         most, begun = self._limits.max_concurrent_requests, self._begun
         if most is not None and self._num_running >= most:
             message = f"This API key may have {most} requests at once, and has."
             return too_many(message, CONCURRENCY_LIMITED, 1)
-        if begun.maxlen is not None:
+        if begun.maxlen is not None and is_new:
             if len(begun) == begun.maxlen and now - begun[0] < MINUTE:
                 message = f"This API key may send {begun.maxlen} requests a minute, and has."
                 return too_many(message, RATE_LIMITED, math.ceil(MINUTE - (now - begun[0])))

@@ -90,6 +90,18 @@ def test_a_key_has_no_more_answers_at_once_than_it_may(locked: RunningServer) ->
     assert wait_until(lambda: complete(locked, "sk-one").status_code == 200)
 
 
+def test_whoever_comes_back_to_a_stream_counts_among_the_running_but_not_as_new() -> None:
+    account = _Account(APIKey("a", "k", requests_per_minute=1, max_concurrent_requests=2))
+    assert account.refusal(0.0) is None
+    with account:
+        assert account.refusal(1.0, is_new=False) is None
+        assert (refusal := account.refusal(1.0)) is not None
+        assert refusal.code == "rate_limit_exceeded"
+        with account:
+            assert (refusal := account.refusal(2.0, is_new=False)) is not None
+            assert refusal.code == "concurrency_limit_exceeded"
+
+
 def test_open_paths_do_not_count(locked: RunningServer) -> None:
     headers = {"authorization": "Bearer sk-rated"}
     for _ in range(5):
