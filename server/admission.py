@@ -126,8 +126,7 @@ class AdmissionQueue:
         arrival: float,
         key: str = ANONYMOUS,
         deadline: float | None = None,
-        *,
-        first: bool = False,
+        inbox: AdmissionInbox | None = None,
     ) -> AdmissionInbox:
         """Take `requests`; their outputs come to the inbox returned.
 
@@ -136,8 +135,8 @@ class AdmissionQueue:
             arrival: when that came, by `time.perf_counter`; latencies are measured from then.
             key: name of the API key that it came with.
             deadline: when it ends with an error if it has not ended before, by the same clock.
-            first: whether they were withdrawn before. Such are always taken, and go before those that have not begun if
-                they have.
+            inbox: what was returned before they were withdrawn. Such are always taken, and go before those that have
+                not begun if they have.
 
         Raises:
             APIError: (503) when the engine takes no requests, (429) when too many wait, (504) past the deadline.
@@ -147,16 +146,16 @@ class AdmissionQueue:
         if deadline is not None and deadline <= now:
             raise self._late(deadline - arrival)
         prompts = _by_prompt(requests)
-        if not first:
+        if inbox is None:
             self._require_room_for(prompts)
             self._count(key, prompts)
-        admission = _Admission(key, arrival, self._new_inbox(key), prompts, now)
+        admission = _Admission(key, arrival, inbox or self._new_inbox(key), prompts, now)
         if deadline is not None:
             loop = asyncio.get_running_loop()
             admission.timer = loop.call_later(deadline - now, self._expire, admission, deadline - arrival)
         self._admissions |= dict.fromkeys((request.request_id for request in requests), admission)
         self._num_waiting_tokens += admission.num_waiting_tokens
-        if first and any(map(_has_begun, requests)):
+        if any(map(_has_begun, requests)):
             self._queue.push_ahead(admission)
         else:
             self._queue.push(key, admission)

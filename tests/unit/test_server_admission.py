@@ -239,7 +239,7 @@ class Bookkeeping(RuleBasedStateMachine):
             return
         number = data.draw(st.sampled_from(sorted(self.withdrawn)))
         key, requests = self.withdrawn.pop(number)
-        self.take(number, self.queue.submit(requests, 0.0, key, first=True))
+        self.queue.submit(requests, 0.0, key, inbox=self.inboxes[number])
         self.open |= {request.request_id: (number, key, request) for request in requests}
         self.has_deadline.discard(number)
 
@@ -323,14 +323,14 @@ def test_choices_of_a_prompt_go_together_and_prompts_of_a_request_one_by_one() -
 def test_what_had_begun_goes_before_what_waits_and_is_never_refused() -> None:
     engine = Engine()
     queue = make(engine, max_queued_requests=1)
-    queue.submit(sequences("first", num_choices=3), 0.0)
+    inbox = queue.submit(sequences("first", num_choices=3), 0.0)
     back = queue.withdraw(["first-0", "first-1", "first-2"])
     queue.submit(sequences("crowd", num_choices=3), 0.0)
     queue.submit(sequences("waiting"), 0.0)
     with refused(429, "queue_full"):
         queue.submit(sequences("refused"), 0.0)
     begun = [Request(name, request.prompt_token_ids, request.sampling, [5]) for name, request in back.items()]
-    queue.submit(begun, 0.0, first=True)
+    queue.submit(begun, 0.0, inbox=inbox)
     for request_id in ("crowd-0", "crowd-1", "crowd-2"):
         engine.finish(request_id)
     assert list(engine.flights) == ["first-0", "first-1", "first-2"]
