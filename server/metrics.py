@@ -125,6 +125,14 @@ class Metrics:
         self.key_requests = self._labelled("key_requests", "Accepted requests, by the API key's name.", "key")
         self.key_prompt_tokens = self._labelled("key_prompt_tokens", "Prompt tokens of those.", "key")
         self.key_generation_tokens = self._labelled("key_generation_tokens", "Tokens generated for those.", "key")
+        self.slow_clients = self._counter(
+            "slow_client_disconnects", "Connections closed since their client took nothing for --slow-client-timeout."
+        )
+        self.stream_resumptions = self._counter("stream_resumptions", "Times that a client came back to its stream.")
+        self.streams_kept = self._gauge("streams_kept", "Streams that no client reads, and that one may come back to.")
+        self.streams_kept_bytes = self._gauge(
+            "streams_kept_bytes", "About the memory of these, and of the streams that are read."
+        )
         self._preemptions = self._counter("num_preemptions", "Sequences whose KV blocks were taken away for others.")
         self._steps = self._counter("engine_steps", "Steps of the engine.")
         self._checks = self._counter("integrity_checks", "Times the idle engine found its block bookkeeping whole.")

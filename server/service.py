@@ -14,18 +14,21 @@ from fastapi import Depends, Request
 from engine.protocol.model_config import ModelConfig
 from server.admission import AdmissionQueue
 from server.api.checks import check_limits, check_prompts, check_vocabulary
+from server.api.chunks import ChunkEncoder
 from server.api.fields import shown
 from server.api.logprobs import LogprobFormat
 from server.api.requests import GenerationRequest
 from server.api.responses import PromptLogprobs
 from server.choice import TextOptions
 from server.config import ServerConfig
+from server.drain import Drain
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Completion, Generation, GenerationPlan
 from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
+from server.streams import Stream, StreamStore
 from server.text.chat_template import ChatTemplate
 from server.text.token_bytes import TokenBytes
 from server.text.tokenizer import Tokenizer
@@ -96,6 +99,8 @@ class Service:
     queue: AdmissionQueue
     metrics: Metrics
     limits: ServerConfig
+    streams: StreamStore
+    drain: Drain = field(default_factory=Drain)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_WORK))
 
     @property
@@ -201,6 +206,10 @@ class Service:
             deadline=self._deadline(body, arrival),
         )
         return Generation(self.queue, self._spelling(body), plan)
+
+    def stream(self, body: GenerationRequest, generation: Generation, encoder: ChunkEncoder, key: str) -> Stream:
+        """Return `generation` as a stream of chunks, which only `key` may read."""
+        return Stream(self.streams, generation, encoder, include_usage=body.include_usage, owner=key)
 
     def check_ids(self, prompts: Prompts) -> None:
         """Raise an `APIError` when a prompt has no tokens, or one that the model does not know."""

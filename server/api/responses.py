@@ -139,7 +139,7 @@ class LastRecovery(BaseModel):
 class Readiness(BaseModel):
     """Answer of `GET /ready`; the bytes are those of all ranks' weights, shown while they are being loaded."""
 
-    state: Literal["STARTING", "READY", "RECOVERING", "FAILED"]
+    state: Literal["STARTING", "READY", "RECOVERING", "DRAINING", "FAILED"]
     epoch: int
     ranks: list[RankPlace]
     error: str | None = None

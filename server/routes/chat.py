@@ -16,7 +16,8 @@ from server.generation import Completion
 from server.middleware.auth import key_name
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, ServiceOf
-from server.streaming import EventStream, collect, events_of, usage_of
+from server.streaming import EventStream, collect
+from server.streams import usage_of
 
 router = APIRouter()
 
@@ -45,7 +46,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
         chunks = ChatChunks(response_id, service.model.name, logprobs, body.include_usage)
-        return EventStream(events_of(generation, chunks, body.include_usage))
+        return EventStream(service.streams, service.stream(body, generation, chunks, key_name(request.scope)))
     created = int(time.time())
     completions = await collect(request, generation)
     answer = ChatCompletionResponse(

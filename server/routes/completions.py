@@ -15,7 +15,8 @@ from server.generation import Completion
 from server.middleware.auth import key_name
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, Service, ServiceOf
-from server.streaming import EventStream, collect, events_of, usage_of
+from server.streaming import EventStream, collect
+from server.streams import usage_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -39,7 +40,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
         chunks = CompletionChunks(response_id, service.model.name, logprobs, body.include_usage)
-        return EventStream(events_of(generation, chunks, body.include_usage))
+        return EventStream(service.streams, service.stream(body, generation, chunks, key_name(request.scope)))
     created = int(time.time())
     completions = await collect(request, generation)
     answer = CompletionResponse(

@@ -15,11 +15,18 @@ TEXT_RESPONSES: _Responses = {
     **NOT_FOUND,
     503: {"model": ErrorResponse, "description": "The service is ending."},
 }
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAM_RESPONSES: _Responses = {
+    200: {"description": "Server-sent events, as of the stream itself.", "content": _EVENTS},
+    204: {"description": "The client has the stream's last event."},
+    400: {"model": ErrorResponse, "description": "Last-Event-ID is not the number of an event of the stream."},
+    404: {"model": ErrorResponse, "description": "There is no such stream, or not any more."},
+}
 GENERATION_RESPONSES: _Responses = {
     200: {
         "description": "The whole answer or, with `stream`, server-sent events that each hold a chunk of it; "
         "the last is `data: [DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": _EVENTS,
     },
     **BAD_REQUEST,
     **NOT_FOUND,

@@ -28,7 +28,7 @@ CHECKS = [
     response_schema_conformance,
 ]
 POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
-GETS = ["/v1/models", "/v1/models/{name}", "/health", "/ready", "/version", "/metrics"]
+GETS = ["/v1/models", "/v1/models/{name}", "/v1/streams/{stream_id}", "/health", "/ready", "/version", "/metrics"]
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 SECONDS = 120.0  # generous: only a hang should exceed it
 

@@ -43,6 +43,7 @@ from server.logs import REQUEST_ID
 from server.metrics import Metrics
 from server.model_files import ModelFiles
 from server.service import Service, TextModel
+from server.streams import StreamStore
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = (
@@ -198,7 +199,9 @@ class ScriptedEngine:
         self.batches.append(batch)
         for request in batch.new:
             ids = self._tokenizer.encode(self.script(request), add_special_tokens=False).ids
-            self._running[request.request_id] = _Sequence(request, [*ids, self._eos])
+            sequence = _Sequence(request, [*ids, self._eos], len(request.received_token_ids))
+            sequence.has_scored = request.num_received_prompt_logprobs > 0
+            self._running[request.request_id] = sequence
         for request_id in batch.aborted:
             self._running.pop(request_id, None)
 
@@ -258,33 +261,35 @@ class RunningServer:
 
     def call(self, action: Callable[[], None]) -> None:
         """Run `action` in the server's loop."""
-        self._loop.call_soon_threadsafe(action)
+        self.loop.call_soon_threadsafe(action)
 
     def fail(self, reason: str) -> None:
         """End everything in flight as the loss of the engine does."""
-        asyncio.run_coroutine_threadsafe(self.queue.close(reason), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.queue.close(reason), self.loop).result(10)
 
     def send(self, report: StatsReport) -> None:
         """Have the engine send statistics."""
-        asyncio.run_coroutine_threadsafe(self._channel.send(report), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._channel.send(report), self.loop).result(10)
 
     async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         context = zmq.asyncio.Context()
         metrics = Metrics()
         self.client = EngineClient(context, metrics)
         self.queue = AdmissionQueue(self.client, metrics, self._config, self._max_num_seqs)
         files = ModelFiles.read(str(self._model))
         text_model = TextModel.load(files, self._config, ModelConfig.from_directory(self._model))
-        app = create_app(Service(text_model, self.queue, metrics, self._config), self._config, self._credentials)
-        self._http = HTTPServer(app, self._config, self._credentials)
+        streams = StreamStore(self._config.stream_resume_timeout, self._config.stream_resume_memory, metrics)
+        self.service = Service(text_model, self.queue, metrics, self._config, streams)
+        app = create_app(self.service, self._config, self._credentials)
+        self._http = HTTPServer(app, self._config, self._credentials, metrics.slow_clients.inc)
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
             self._channel = AsyncChannel(context, 1, RequestBatch)
             endpoint = self._channel.bind(f"ipc://{folder}/engine")
             running = asyncio.create_task(self.engine.run(self._channel))
             if self._ready:
                 self.client.connect(ready_status(endpoint))
-            self._loop.call_soon(self._started.set)
+            self.loop.call_soon(self._started.set)
             await self._http.serve([self._listener])
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -327,9 +332,11 @@ def post(server: RunningServer, path: str, body: object) -> httpx.Response:
 
 
 def events(response: httpx.Response) -> list[str]:
-    """Return a stream's events."""
+    """Return the data of a stream's events, which are numbered."""
     assert response.headers["content-type"].startswith("text/event-stream")
-    return [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+    numbered = [event.split("\n") for event in response.text.split("\n\n") if event]
+    assert [number for number, _ in numbered] == [f"id: {number + 1}" for number in range(len(numbered))]
+    return [data.removeprefix("data: ") for _, data in numbered]
 
 
 def body_of(base: dict[str, Any], changed: dict[str, Any]) -> bytes:

@@ -39,9 +39,11 @@ async def texts_before_an_error(tokenizer: Tokenizer, folder: Path) -> tuple[lis
         await rank.send(TokenBatch(epoch=1, step=0, outputs=outputs))
 
     answering = asyncio.create_task(answer())
+    generation = Generation(queue, tokenizer.token_bytes, plan)
+    generation.submit()
     try:
-        async for deltas in Generation(queue, tokenizer.token_bytes, plan).deltas():
-            texts += [delta.text for delta in deltas]
+        while not generation.has_ended:
+            texts += [delta.text for delta in await generation.next()]
     except APIError as error:
         message = error.message
     await answering
