@@ -1,6 +1,7 @@
 """Bodies of every kind against a real service: whatever comes, it answers in time and in the API's own words."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -156,7 +157,7 @@ def service() -> Iterator[ServiceProcess]:
 def check_answer(response: httpx.Response) -> None:
     """Fail unless the answer is whole, and in the API's shape."""
     if response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream"):
-        *chunks, done = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+        *chunks, done = re.findall("^data: (.*)$", response.text, re.MULTILINE)
         assert done == "[DONE]"
         assert all("error" not in json.loads(chunk) for chunk in chunks)
     elif response.status_code == 200:
