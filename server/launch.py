@@ -110,8 +110,9 @@ class EngineProcess:
             OSError: if no process can be started.
         """
         with self._changing:
-            self._kill()
-            if self._is_stopped:
+            if not self._is_stopped:
+                self._kill()
+            if self._is_stopped:  # perhaps meanwhile: whoever stops it waits for this
                 return
             self._remove_files()
             self.spec = replace(self.spec, epoch=epoch, num_kv_blocks=num_kv_blocks, max_model_len=max_model_len)
