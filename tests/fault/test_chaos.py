@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.protocol.config import EMBEDDED_MODEL
 from tests.fault.crowd import Crowd, Stream
+from tests.oracle import Comparison, Reference
 from tests.service_process import ROOT, ServiceProcess, wait_until
 
 RECOVERY_SECONDS = 120.0  # generous: only a hang should exceed it
@@ -218,6 +220,25 @@ def test_twenty_disturbances_under_64_streams_change_nothing(
         f"{how}, tp {tp_size}: {' + '.join(names)}: p50 {statistics.median(sums) / torch_seconds:.2f}, "
         f"max {max(sums) / torch_seconds:.2f} times the import of torch ({torch_seconds:.2f} s)"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_without_batch_invariance_texts_part_at_near_ties_alone(how: str, tell: Callable[[str], None]) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    tell(f"seed {seed}")
+    requests = [{**body, "temperature": 0, "presence_penalty": 0} for body in bodies(64, 300)]
+    options = ("-tp", "2", "--dtype", "float32", "--rank-timeout", str(RANK_TIMEOUT))
+    with faulty_service(*options) as service:
+        streams, _ = disturb(service, requests, {"kill": kill, "stop": stop}[how], 20, random.Random(seed))
+    failed = [stream.errors for stream in streams if stream.has_failed]
+    assert not failed, f"{len(failed)} failed: {failed[:3]}"
+    reference, comparison = Reference(EMBEDDED_MODEL), Comparison()
+    for stream in streams:
+        reference.check_greedy(stream.body["prompt"], stream.token_ids, comparison)
+    assert comparison.tokens == 64 * 300
+    tell(f"{how}: {comparison.tokens} tokens, {comparison.near_ties} near-ties went the other way")
 
 
 DEADLY_TOKEN = 255
