@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import statistics
 import time
 from collections import Counter
@@ -17,10 +18,12 @@ from tests.service_process import REQUEST_SECONDS, ServiceProcess
 
 NUM_PLACES, NUM_QUEUED = 4, 8
 OVERLOAD = 10  # times what can be served
-NUM_TOKENS = 96
-NUM_ALONE = 16  # requests that are measured before, as many at once as there are places
+NUM_TOKENS = 256
+NUM_ALONE = 12  # requests that are measured before, as many at once as there are places
 MEMORY_SHARE, MEMORY_BYTES = 0.02, 8e6  # either may be gained
 PATH = "/v1/completions"
+HEADER = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n"
+HEADER += b"content-type: application/json\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -57,63 +60,69 @@ def service() -> Iterator[ServiceProcess]:
         yield service
 
 
-async def ask(client: httpx.AsyncClient, number: int) -> Outcome:
-    """Ask for a text of which every token comes as an event of its own."""
+async def ask(address: tuple[str, int], number: int) -> Outcome:
+    """Ask for a text of which every token comes as an event; at little cost, since the service has the same cores."""
     body = {"prompt": f"# {number}\n", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
-    body |= {"stream_options": {"include_usage": True}}
-    begin, first, events = time.perf_counter(), 0.0, []
-    async with client.stream("POST", PATH, json=body) as answer:
-        if answer.status_code != 200:
-            error = json.loads(await answer.aread())["error"]
-            assert (answer.status_code, error["code"]) == (429, "queue_full")
-            assert int(answer.headers["retry-after"]) >= 1
-            return Outcome(429)
-        async for line in answer.aiter_lines():
-            if line.startswith("data: "):
-                first = first or time.perf_counter() - begin
-                events.append(line.removeprefix("data: "))
+    content = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(HEADER % len(content) + content)
+    begin, first, answer = time.perf_counter(), 0.0, b""
+    while piece := await reader.read(65536):
+        answer += piece
+        if not first and b"\ndata: " in answer:
+            first = time.perf_counter() - begin
+    whole = time.perf_counter() - begin
+    writer.close()
+    return outcome_of(answer.decode(), first, whole)
+
+
+def outcome_of(answer: str, first: float, whole: float) -> Outcome:
+    status, events = int(answer.split(" ", 2)[1]), re.findall(r"^data: (.*?)\r?$", answer, re.MULTILINE)
+    if status == 429:
+        assert '"code":"queue_full"' in answer
+        assert re.search(r"^retry-after: [1-9]\d*\r$", answer, re.MULTILINE)
+    if status != 200:
+        return Outcome(status)
     *_, usage, done = events
-    num_tokens = json.loads(usage)["usage"]["completion_tokens"]
-    return Outcome(200, first, time.perf_counter() - begin, num_tokens, done == "[DONE]")
+    return Outcome(200, first, whole, json.loads(usage)["usage"]["completion_tokens"], done == "[DONE]")
 
 
-async def service_time(client: httpx.AsyncClient) -> float:
+async def service_time(address: tuple[str, int]) -> float:
     """Return the median time of a request while all places are taken and nobody waits, in seconds."""
     places = asyncio.Semaphore(NUM_PLACES)
 
     async def one(number: int) -> Outcome:
         async with places:
-            return await ask(client, number)
+            return await ask(address, number)
 
     return statistics.median([outcome.whole for outcome in await asyncio.gather(*map(one, range(NUM_ALONE)))])
 
 
-async def watch(service: ServiceProcess, client: httpx.AsyncClient, load: Load) -> None:
+async def watch(service: ServiceProcess, load: Load) -> None:
     processes = [psutil.Process(service.process.pid), *service.descendants()]
     while True:
-        page = (await client.get("/metrics")).text
-        queued = next(line for line in page.splitlines() if line.startswith("ryzanstein_queued_requests "))
-        load.most_queued = max(load.most_queued, float(queued.split()[1]))
+        queued = await asyncio.to_thread(service.metric, "ryzanstein_queued_requests")
+        load.most_queued = max(load.most_queued, queued)
         load.memory.append(sum(process.memory_info().rss for process in processes))
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.5)
 
 
 async def overload(service: ServiceProcess, seconds: float, seed: int) -> tuple[float, Load]:
     """Send requests at random moments for so long; return the service time before that, and what became of them."""
     rng, load = random.Random(seed), Load([])
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=service.url, timeout=REQUEST_SECONDS, limits=limits) as client:
-        alone = await service_time(client)
-        watching = asyncio.create_task(watch(service, client, load))
-        requests: list[asyncio.Task[Outcome]] = []
-        at = time.perf_counter()
-        end = at + seconds
-        while at < end:
-            at += rng.expovariate(OVERLOAD * NUM_PLACES / alone)
-            await asyncio.sleep(max(0.0, at - time.perf_counter()))
-            requests.append(asyncio.create_task(ask(client, len(requests))))
-        load.outcomes = await asyncio.gather(*requests)
-        watching.cancel()
+    host, port = service.url.removeprefix("http://").split(":")
+    address = host, int(port)
+    alone = await service_time(address)
+    watching = asyncio.create_task(watch(service, load))
+    requests: list[asyncio.Task[Outcome]] = []
+    at = time.perf_counter()
+    end = at + seconds
+    while at < end:
+        at += rng.expovariate(OVERLOAD * NUM_PLACES / alone)
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        requests.append(asyncio.create_task(ask(address, len(requests))))
+    load.outcomes = await asyncio.gather(*requests)
+    watching.cancel()
     return alone, load
 
 
