@@ -254,7 +254,7 @@ class AdmissionQueue:
         if not admission.waiting:
             self._queue.remove(admission.key, admission)
 
-    def _on_left(self, request_id: str, _: int) -> None:
+    def _on_left(self, request_id: str) -> None:
         """Take note that a sequence has left the engine, for whatever reason."""
         admission = self._admissions.pop(request_id)
         admission.in_engine.remove(request_id)

@@ -34,7 +34,7 @@ T = TypeVar("T")
 LINK_GRACE_SECONDS = 10.0  # a rank's death cuts the link too, and the orchestrator tells of it once all ranks are gone
 
 
-def _ignore(request_id: str, num_tokens: int) -> None:
+def _ignore(request_id: str) -> None:
     """Take no notice of a sequence that left."""
 
 
@@ -45,14 +45,13 @@ class EngineClient:
     one gets none any more. When a group is lost, the next one is sent all that is in flight, to go on behind what was
     received.
 
-    `on_left` is called with a sequence's id and the number of its tokens once it is in flight no more, for whatever
-    reason.
+    `on_left` is called with a sequence's id once it is in flight no more, for whatever reason.
     """
 
     def __init__(self, context: zmq.asyncio.Context, metrics: Metrics) -> None:
         self.status = GroupStatus(epoch=0, state=GroupState.STARTING)
         self.last_recovery: Recovery | None = None
-        self.on_left: Callable[[str, int], None] = _ignore
+        self.on_left: Callable[[str], None] = _ignore
         self._context = context
         self._metrics = metrics
         self._flights: dict[str, Flight] = {}  # by request id, in order of arrival
@@ -133,10 +132,13 @@ class EngineClient:
 
     def _take_out(self, request_ids: Iterable[str]) -> list[Flight]:
         """Remove flights, and tell the engine."""
-        flights = [self._flights[request_id] for request_id in request_ids if request_id in self._flights]
-        for flight in flights:
-            self._recall(flight)
-            self._leave(flight)
+        flights = []
+        for request_id in list(request_ids):
+            flight = self._flights.get(request_id)
+            if flight is not None:
+                flights.append(flight)
+                self._recall(flight)
+                self._leave(flight)  # who hears of it may take out others
         return flights
 
     def _recall(self, flight: Flight) -> None:
@@ -156,7 +158,7 @@ class EngineClient:
         if flight is self._suspects.on_trial:
             self._outgoing.set()  # it held up others
         self._suspects.clear(flight)
-        self.on_left(flight.request_id, len(flight.token_ids))
+        self.on_left(flight.request_id)
 
     def _end_with_error(self, flight: Flight, message: str) -> None:
         self._metrics.finished.labels(FinishReason.ERROR.value).inc()
@@ -233,8 +235,8 @@ class EngineClient:
         tasks = self._tasks
         self._disconnect()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for flight in list(self._flights.values()):
-            self._end_with_error(flight, reason)
+        while self._flights:
+            self._end_with_error(next(iter(self._flights.values())), reason)
 
     def _disconnect(self) -> None:
         """Drop the link; what is in flight waits for the next."""

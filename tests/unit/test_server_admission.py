@@ -27,7 +27,7 @@ class Engine:
     """What the queue sees of `EngineClient`; its sequences end when a test says so."""
 
     def __init__(self) -> None:
-        self.on_left: Callable[[str, int], None]
+        self.on_left: Callable[[str], None]
         self.flights: dict[str, tuple[Request, Inbox]] = {}
         self.begun: list[str] = []  # in the order in which they came
         self.closed_because = ""
@@ -49,7 +49,7 @@ class Engine:
             del self.flights[output.request_id]
         inbox.put(output)
         if output.finish_reason is not None:
-            self.on_left(output.request_id, 0)
+            self.on_left(output.request_id)
 
     def emit(self, request_id: str, num_tokens: int) -> None:
         self.put(TokenOutput(request_id, [1] * num_tokens))
@@ -67,7 +67,7 @@ class Engine:
         found = {request_id: self.flights[request_id][0] for request_id in request_ids if request_id in self.flights}
         for request_id in found:
             del self.flights[request_id]
-            self.on_left(request_id, 0)
+            self.on_left(request_id)
         return found
 
     async def close(self, reason: str) -> None:

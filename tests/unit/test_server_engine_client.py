@@ -41,8 +41,8 @@ class Service:
         self.context = zmq.asyncio.Context()
         self.metrics = Metrics()
         self.client = EngineClient(self.context, self.metrics)
-        self.left: list[tuple[str, int]] = []
-        self.client.on_left = lambda *args: self.left.append(args)
+        self.left: list[str] = []
+        self.client.on_left = self.left.append
         self.epoch = 0
         self._folder = folder
         self._rank: AsyncChannel | None = None
@@ -290,9 +290,25 @@ def test_each_way_to_leave_is_told_once(tmp_path: Path) -> None:
         service.client.end("ended")
         service.client.withdraw(["withdrawn"])
         service.lose_group("stays")
-        assert service.left == [("finishes", 2), ("fails", 1), ("aborted", 1), ("ended", 1), ("withdrawn", 1)]
+        assert service.left == ["finishes", "fails", "aborted", "ended", "withdrawn"]
         await service.client.close("over")
-        assert service.left[5:] == [("stays", 1)]
+        assert service.left[5:] == ["stays"]
+
+    with_service(tmp_path, story)
+
+
+def test_whoever_hears_of_one_that_left_may_take_out_others(tmp_path: Path) -> None:
+    async def story(service: Service) -> None:
+        def take_out_the_other(request_id: str) -> None:
+            service.left.append(request_id)
+            service.client.abort({"a": ["b"], "c": ["d"]}.get(request_id, []))
+
+        service.client.on_left = take_out_the_other
+        service.client.submit([request(name) for name in "abcd"], 0.0)
+        service.client.abort(["a", "b"])
+        await service.client.close("over")
+        assert service.left == ["a", "b", "c", "d"]
+        assert service.metric("request_success_total", finished_reason="abort") == 3
 
     with_service(tmp_path, story)
 
