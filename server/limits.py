@@ -12,7 +12,7 @@ INT64 = 2**63  # the first whole number that is too large
 # Of lists and objects whose members are looked at one by one, on the event loop: their number is looked at before.
 MAX_ITEMS = 2**16
 MAX_TOKEN_IDS = 2**22  # more than any context has, and looked at faster
-MAX_TIMEOUT = 10**6  # seconds
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 10**6  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)

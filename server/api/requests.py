@@ -28,6 +28,7 @@ from server.limits import (
     MAX_TEMPERATURE,
     MAX_TIMEOUT,
     MIN_REPETITION_PENALTY,
+    MIN_TIMEOUT,
 )
 
 Count = Annotated[int, Field(ge=0, le=INT64 - 1)]
@@ -93,7 +94,7 @@ class GenerationRequest(RequestModel):
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     timeout: float | None = Field(
         None,
-        gt=0,
+        ge=MIN_TIMEOUT,
         le=MAX_TIMEOUT,
         allow_inf_nan=False,
         description="Seconds from the request's arrival in which to finish; after that it ends with an error.",
