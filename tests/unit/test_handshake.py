@@ -90,11 +90,12 @@ def test_ranks_with_different_weights_are_refused() -> None:
 
 def test_a_group_behind_another_begins_with_what_that_had() -> None:
     before = complete(engine_config(), (7, 9))
-    assert before.agreement is None
+    agreements = [before.agreement]
     for rank in range(2):
         before.hear_started(Started(epoch=1, rank=rank))
-    assert before.agreement is not None
-    group = Handshake(engine_config(), MODEL, 2, before.agreement)
+    agreements.append(before.agreement)
+    assert agreements == [None, Agreement(7, before.start().max_model_len, "same")]
+    group = Handshake(engine_config(), MODEL, 2, agreements[1])
     for rank in range(2):
         group.hear_ready(ready(rank, 3))
     first = before.start()
