@@ -301,7 +301,7 @@ class EngineClient:
         error = None if task.cancelled() else task.exception()
         if error is None or self._broken.done() or task not in self._tasks:
             return
-        logger.error("the link to rank 0 broke", exc_info=error)
+        logger.error("the link to rank 0 broke", exc_info=None if isinstance(error, ConnectionResetError) else error)
         self._broken.set_result(f"the link to rank 0 broke: {error}")
 
     def _handle(self, message: Message) -> None:
