@@ -41,6 +41,13 @@ def test_the_time_before_there_was_anything_to_do_does_not_count() -> None:
     assert departures.seconds_until(30, 5001.0) == 3
 
 
+def test_those_that_left_before_a_pause_do_not_count_after_it() -> None:
+    departures = leaving(50, 5)
+    departures.begin(1006.0)
+    departures.add(1007.0)
+    assert departures.seconds_until(10, 1008.0) == 20
+
+
 def test_while_none_has_left_the_time_grows() -> None:
     departures = Departures()
     departures.begin(50.0)
