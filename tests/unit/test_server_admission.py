@@ -388,6 +388,17 @@ def test_a_key_with_one_request_does_not_wait_behind_all_of_another_key() -> Non
     assert "one-0" in engine.flights
 
 
+def test_a_prompt_is_charged_when_it_begins() -> None:
+    engine = Engine()
+    queue = make(engine, max_num_seqs=1)  # 2 places
+    for number in range(4):
+        queue.submit(sequences(f"a{number}", num_tokens=100), 0.0, "a")
+        queue.submit(sequences(f"b{number}"), 0.0, "b")
+    for request_id in ("a0-0", "b0-0", "b1-0", "b2-0"):
+        engine.finish(request_id)
+    assert engine.begun == ["a0-0", "b0-0", "b1-0", "b2-0", "b3-0", "a1-0"]
+
+
 def test_tokens_are_charged_as_they_are_generated() -> None:
     engine = Engine()
     queue = make(engine, max_num_seqs=1)  # 2 places
