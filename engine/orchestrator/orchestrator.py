@@ -219,6 +219,7 @@ def _signals_to_socket() -> socket.socket:
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
+    sender.send(bytes([signal.SIGCHLD]))  # a rank that was started before may have ended before
     signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # the wake-up is what matters

@@ -48,6 +48,12 @@ def processes_of(leftovers: Leftovers) -> list[psutil.Process]:
     return found
 
 
+def ranks_below(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """Return what runs as a rank below a service."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "engine.worker" in child.cmdline()]
+
+
 def test_a_mistake_in_the_options_leaves_no_process(leftovers: Leftovers) -> None:
     environment = {**os.environ, **leftovers.environment}
     done = subprocess.run([*MAIN, "serve", "--nonsense"], capture_output=True, text=True, env=environment, check=False)
@@ -87,6 +93,18 @@ def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
     process.kill()
     assert psutil.wait_procs([rank], timeout=10)[1] == []
     engine.stop()
+
+
+def test_a_rank_that_ends_before_it_is_told_anything_ends_the_service(leftovers: Leftovers) -> None:
+    environment = {**os.environ, **leftovers.environment}
+    with subprocess.Popen([*MAIN, "serve", "--port", "0"], env=environment, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: len(ranks_below(process)) == 1, 30)
+        [rank] = ranks_below(process)
+        rank.kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.decode() == f"ryzanstein: error: rank 0 (pid {rank.pid}) was killed by SIGKILL\n"
+    wait_until(lambda: processes_of(leftovers) == [], 10)
 
 
 @pytest.mark.parametrize(
