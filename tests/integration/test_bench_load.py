@@ -111,6 +111,18 @@ def test_each_rank_of_as_many_as_saved_it_reads_its_own_bytes(folder: Path, left
         assert 0 < header_and_fillers < 20_000
 
 
+def test_a_checkpoint_of_int8_is_loaded_as_it_is(folder: Path, tmp_path: Path, leftovers: Leftovers) -> None:
+    shard(
+        ShardCommand(
+            source=str(folder / "hf"), destination=str(tmp_path / "int8"), quantization="int8", progress=False
+        ),
+        lambda _: lambda _: None,
+    )
+    found = document(leftovers, tmp_path / "int8", "--runs", 1, "--no-cold")
+    assert found["dtype"] == "int8"
+    assert found["warm"]["bytes_read"] == found["weight_bytes"]
+
+
 @pytest.mark.slow
 def test_cold_runs_read_from_the_disk_or_say_why_there_are_none(folder: Path, leftovers: Leftovers) -> None:
     found = document(leftovers, folder / "tp2", "-tp", 2, "--runs", 1)
