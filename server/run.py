@@ -61,7 +61,7 @@ async def _serve(
         ready.set()
         keep_process_on(status.service_cpus)
         url = listening_url(listener, "http" if credentials.tls is None else "https")
-        sys.stderr.write(banner(status, process.spec, model, url) + "\n")
+        sys.stderr.write(banner(status, process.spec, model.name, url) + "\n")
         weights.start_writing()
 
     app = create_app(Service(model, client, metrics, config), config, credentials)
