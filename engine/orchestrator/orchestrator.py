@@ -25,6 +25,8 @@ from engine.worker.placement import asked_threads, read_processors, service_cpus
 
 # When one rank dies the others fail soon after, and their words may arrive first: wait before naming the cause.
 SETTLE_SECONDS = 0.2
+# How long the last status waits for the server to hear it. One that has just started may not listen yet.
+LINGER_MS, LINGER_OF_A_FAILURE_MS = 1000, 10_000
 
 
 class MultiGPUOrchestrator:
@@ -45,6 +47,7 @@ class MultiGPUOrchestrator:
         self._world_size = spec.engine.tensor_parallel_size
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = Channel(self._context, None)
+        self._status.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._controls = [
             Channel(self._context, spec.epoch, Hello, Loading, Ready, Started, Failed) for _ in range(self._world_size)
         ]
@@ -175,6 +178,7 @@ class MultiGPUOrchestrator:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _fail(self, error: str, is_user_error: bool) -> int:
+        self._status.socket.setsockopt(zmq.LINGER, LINGER_OF_A_FAILURE_MS)
         self._status.send(
             GroupStatus(epoch=self._spec.epoch, state=GroupState.FAILED, error=error, is_user_error=is_user_error)
         )
@@ -192,7 +196,6 @@ class MultiGPUOrchestrator:
     def _close(self) -> None:
         for control in self._controls:
             control.close()
-        self._status.socket.setsockopt(zmq.LINGER, 1000)  # the server should hear the last status
         self._status.socket.close()
         self._context.term()
 
