@@ -12,7 +12,7 @@ import pytest
 from engine.orchestrator.launcher import ONE_THREAD
 from server.__main__ import will_serve
 from server.early_engine import EarlyEngine
-from tests.leftovers import Leftovers
+from tests.leftovers import Leftovers, still_running
 from tests.service_process import wait_until
 
 MAIN = (sys.executable, "-P", "-m", "server")
@@ -82,7 +82,7 @@ def test_an_engine_that_was_told_nothing_is_stopped_with_its_rank() -> None:
     wait_until(lambda: len(process.children()) == 1, 30)
     processes = [process, *process.children()]
     engine.stop()
-    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert still_running(processes, 10) == []
 
 
 def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
@@ -91,7 +91,7 @@ def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
     wait_until(lambda: len(process.children()) == 1, 30)
     [rank] = process.children()
     process.kill()
-    assert psutil.wait_procs([rank], timeout=10)[1] == []
+    assert still_running([rank], 10) == []
     engine.stop()
 
 
