@@ -6,6 +6,7 @@ Starts `ryzanstein serve MODEL`, and asks for as many streams at once as a batch
 Counted are the tokens that came while all streams ran: from the last stream's first token to the first stream's end.
 The limits are measured before and after each batch, on all cores, while the service is idle. The first round, which
 fills the KV cache with the prompts, is not counted. Options that are not known here are the service's.
+What was found on one machine is in docs/decisions.md.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 
 from engine.bench.decode_costs import ModelCosts, StepCost
 from engine.bench.limits import LimitMeter
+from engine.protocol.config import QUANTIZATIONS
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.model_directory import find_model_directory
 from engine.worker import host
@@ -66,7 +68,8 @@ async def stream_times(client: httpx.AsyncClient, prompt: list[int], max_tokens:
             "return_token_ids": True}  # fmt: skip
     times: list[float] = []
     async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
+        if response.is_error:
+            raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 choices = json.loads(line[len("data: ") :])["choices"]
@@ -105,13 +108,14 @@ def measure(namespace: argparse.Namespace, arguments: list[str]) -> list[dict[st
     """Return what was found for each batch."""
     config = ModelConfig.from_directory(find_model_directory(namespace.model))
     dtype = namespace.dtype if namespace.dtype != "auto" else config.dtype
-    costs = ModelCosts.of(config, namespace.tensor_parallel_size, getattr(torch, dtype))
+    quantization, tp_size = namespace.quantization, namespace.tensor_parallel_size
+    costs = ModelCosts.of(config, tp_size, getattr(torch, dtype), quantization)
     draw = random.Random(0)
     # One more than whole KV blocks: what the cache has is all but the last token.
     length = namespace.context // 16 * 16 + 1
     prompts = [[draw.randrange(config.vocab_size) for _ in range(length)] for _ in range(max(namespace.batch))]
-    limits = Limits(dtype)
-    options = ["--dtype", namespace.dtype, "--tensor-parallel-size", str(namespace.tensor_parallel_size)]
+    limits = Limits(dtype if quantization == "none" else quantization)
+    options = ["--dtype", namespace.dtype, "--tensor-parallel-size", str(tp_size), "--quantization", quantization]
     found: dict[int, list[dict[str, float]]] = {batch: [] for batch in namespace.batch}
     with service([namespace.model, *options, *arguments]) as url:
         asyncio.run(run_batch(url, prompts, 1))
@@ -160,19 +164,32 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def count(word: str) -> int:
+    """Return a number of at least 1."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="directory of a checkpoint of either form")
+    parser.add_argument("--batch", type=count, nargs="+", default=[1], help="numbers of streams (1)")
+    parser.add_argument("--context", type=count, default=256, help="tokens of a prompt (256)")
+    parser.add_argument("--max-tokens", type=count, default=64, help="that a stream gets (64)")
+    parser.add_argument("--runs", type=count, default=3, help="times that each is measured, in turns (3)")
+    parser.add_argument("--dtype", default="auto", help="as serve has it")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="as serve has it")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=count, default=1, help="ranks (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     namespace, arguments = parser.parse_known_args()
-    found = measure(namespace, arguments)
+    try:
+        found = measure(namespace, arguments)
+    except (RuntimeError, ValueError, httpx.HTTPError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
     sys.stdout.write(table(found))
     if namespace.json is not None:
         namespace.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -4,7 +4,8 @@
 
 A round starts each of them once, in turns, so that a slow moment of the machine meets all. Before the first round each
 runs once without being counted, which fills the page cache. The request is sent as soon as the service says where it
-listens, which it does when it is ready. Times are medians.
+listens, which it does when it is ready. Times are medians. Options that are not known here are the service's, and so is
+a model; without one the embedded model is served.
 """
 
 import argparse
@@ -113,14 +114,26 @@ def table(summary: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def count(word: str) -> int:
+    """Return a number of at least 1."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, nargs="+", default=[1, 2])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--runs", type=count, default=9, help="rounds that count (9)")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=count, nargs="+", default=[1, 2], help="ranks (1 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there, too")
     namespace, arguments = parser.parse_known_args()  # what is unknown is the service's: a model, other options
-    times = measure(namespace.tensor_parallel_size, arguments, namespace.runs)
+    try:
+        times = measure(namespace.tensor_parallel_size, arguments, namespace.runs)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
     summary = summarise(times)
     sys.stdout.write(table(summary))
     if namespace.json is not None:

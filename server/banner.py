@@ -5,21 +5,22 @@ import socket
 from engine.protocol.config import RankSpec
 from engine.protocol.messages import GroupStatus
 from engine.protocol.units import format_bytes
-from server.service import TextModel
 
 
-def banner(status: GroupStatus, spec: RankSpec, model: TextModel, url: str) -> str:
-    """Return a few lines: model, ranks, memory, context and address, which is `url`."""
+def banner(status: GroupStatus, spec: RankSpec, name: str, url: str) -> str:
+    """Return a few lines: model, by its name in the API, ranks, memory, context and address, which is `url`."""
     ranks = [
         ", ".join(filter(None, (f"{rank.rank}: pid {rank.pid} on {rank.host}", rank.device, rank.threads)))
         for rank in status.ranks
     ]
     memory = ", ".join(f"{kind.replace('_', ' ')} {format_bytes(size)}" for kind, size in status.memory.items())
+    promises = ", batch-invariant" * spec.engine.batch_invariant
+    matrices = "" if spec.engine.quantization == "none" else f", {spec.engine.quantization} matrices"
     lines = [
-        ("model", f"{model.name} ({spec.engine.model})"),
+        ("model", f"{name} ({spec.engine.model})"),
         *([("weights", f"{spec.weights} (shard cache)")] if spec.weights else []),
         *(("ranks" if index == 0 else "", rank) for index, rank in enumerate(ranks)),
-        ("kernels", status.kernels + (", batch-invariant" if spec.engine.batch_invariant else "")),
+        ("kernels", f"{status.kernels}{matrices}{promises}"),
         ("memory", f"{memory} (all ranks)"),
         ("KV cache", f"{status.num_kv_blocks} blocks of {spec.engine.block_size} tokens on each rank"),
         ("context", f"{status.max_model_len} tokens"),

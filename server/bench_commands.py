@@ -15,6 +15,7 @@ interrupted; 141 when what reads the output wants no more.
 LIMITS_NOTE = """\
 Each figure is the best of the ways that are known: a C++ loop that reads 1 GiB or more, torch's products and our own.
 What else runs at the same time takes its part.
+Exit code: 0; 2 for a mistake of yours; 130 when interrupted; 141 when what reads the output wants no more.
 """
 DECODE_NOTE = """\
 The engine is started as serve starts it, and asked over its sockets. Prompts of random tokens are computed once; each
@@ -66,4 +67,4 @@ def add_bench_commands(
     commands: "argparse._SubParsersAction[P]", formatter_class: type[argparse.HelpFormatter]
 ) -> None:
     """Add `bench` to the command line, and its own commands to it."""
-    add_engine_commands(commands, formatter_class, ("bench", "measure this machine with a model"), COMMANDS)
+    add_engine_commands(commands, formatter_class, ("bench", "measure this machine, alone and with a model"), COMMANDS)

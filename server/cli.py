@@ -47,6 +47,8 @@ Each option can also be set by the environment variable in its brackets, or in t
 (RYZANSTEIN_CONFIG), where the keys are the options' names without the dashes in front. The command line wins over
 the environment, the environment over the file.
 
+On a CPU the ranks divide the cores that the service may use; OMP_NUM_THREADS sets the threads of each instead.
+
 """
 SAMPLING_NOTE = "Sampling values that a request leaves out are the model's (generation_config.json).\n"
 DOCTOR_NOTE = """\

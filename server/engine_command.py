@@ -67,14 +67,14 @@ def add_engine_commands(
     parser.set_defaults(command=parser)
     own_commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in own:
-        words = " ".join(place.metavar for place in command.places.values())
+        words = "".join(f"{place.metavar} " for place in command.places.values())
         own_parser = own_commands.add_parser(
             command.name,
             help=command.purpose,
             description=_sentence(command.purpose),
             epilog=command.note,
             formatter_class=formatter_class,
-            usage=f"ryzanstein {word} {command.name} {words} [options]",
+            usage=f"ryzanstein {word} {command.name} {words}[options]",
             allow_abbrev=False,
         )
         for name, place in command.places.items():

@@ -73,7 +73,7 @@ async def _serve(
         ready.set()
         keep_process_on(status.service_cpus)
         url = listening_url(listener, "http" if credentials.tls is None else "https")
-        sys.stderr.write(banner(status, process.spec, model, url) + "\n")
+        sys.stderr.write(banner(status, process.spec, model.name, url) + "\n")
         weights.start_writing()
 
     streams = StreamStore(config.stream_resume_timeout, config.stream_resume_memory, metrics)

@@ -59,7 +59,7 @@ def measure_decode(command: BenchDecodeCommand) -> DecodeBenchmark:
         path=subject.directory,
         dtype=subject.dtype,
         quantization=command.quantization,
-        kernels=command.kernels,
+        kernels=setups[0].kernels,
         runs=command.runs,
         steps=command.steps,
         setups=reports,
@@ -209,6 +209,11 @@ class _Setup:
         ranks = "1 rank" if self._tp_size == 1 else f"{self._tp_size} ranks"
         threads = f"{self._threads} thread{'s' * (self._threads > 1)}{' each' * (self._tp_size > 1)}"
         return f"{ranks}, {threads}{', batch-invariant' * self._batch_invariant}"
+
+    @property
+    def kernels(self) -> str:
+        """What it computes with: an instruction set, or torch."""
+        return self._engine.kernels
 
     def __enter__(self) -> Self:
         self._engine.__enter__()

@@ -82,7 +82,7 @@ class DecodeBenchmark:
     path: str
     dtype: str
     quantization: str
-    kernels: str
+    kernels: str  # that computed
     runs: int
     steps: int
     setups: tuple[SetupReport, ...]

@@ -77,6 +77,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._next_id = 0
         self.pids: list[int] = []
+        self.kernels = ""  # what the ranks compute with
         self.memory: dict[int, Mapping[str, int]] = {}  # of each rank, as it last reported
         self._collective_seconds: dict[int, CollectiveSeconds] = {}
         self._silent: set[int] = set()  # ranks that have not reported since they were waited for
@@ -113,6 +114,7 @@ class EngineProcess:
         while (status := self._hear(POLL_SECONDS)) is None or status.state is not GroupState.READY:
             pass
         self.pids = [rank.pid for rank in sorted(status.ranks, key=lambda info: info.rank)]
+        self.kernels = status.kernels
         self._channel.connect(status.engine_endpoint)
 
     def _hear(self, seconds: float) -> GroupStatus | None:

@@ -36,7 +36,7 @@ def measure_load(command: BenchLoadCommand) -> LoadBenchmark:
         form="huggingface" if subject.saved_tp_size is None else "distributed",
         saved_tensor_parallel_size=subject.saved_tp_size,
         tensor_parallel_size=command.tensor_parallel_size,
-        dtype=subject.dtype,
+        dtype=subject.dtype if subject.quantization == "none" else subject.quantization,
         runs=command.runs,
         weight_bytes=tuple(item.weight_bytes for item in warm.first_load),
         warm=warm.phase,
@@ -51,6 +51,7 @@ class _Subject:
 
     directory: Path
     dtype: str
+    quantization: str
     saved_tp_size: int | None
     paths: tuple[Path, ...]
     plain: Ranges
@@ -62,7 +63,8 @@ class _Subject:
         config.check_tensor_parallel_size(command.tensor_parallel_size)
         if not is_distributed(directory):
             paths = weight_files(directory)
-            return cls(directory, config.dtype, None, tuple(paths), shares_of(paths, command.tensor_parallel_size))
+            plain = shares_of(paths, command.tensor_parallel_size)
+            return cls(directory, config.dtype, "none", None, tuple(paths), plain)
         metadata = CheckpointMetadata.read(directory)
         own = [[directory / file.name for file in metadata.files_of(rank)] for rank in range(metadata.tp_size)]
         paths = [path for files in own for path in files]
@@ -70,13 +72,13 @@ class _Subject:
             plain = tuple(share for files in own for share in shares_of(files, 1))
         else:
             plain = shares_of(paths, command.tensor_parallel_size)
-        return cls(directory, config.dtype, metadata.tp_size, tuple(paths), plain)
+        return cls(directory, config.dtype, metadata.quantization, metadata.tp_size, tuple(paths), plain)
 
     def load(self) -> Samples:
-        return run_group(self.directory, len(self.plain))
+        return run_group(self.directory, len(self.plain), self.quantization)
 
     def touch(self) -> Samples:
-        return run_group(self.directory, len(self.plain), self.plain)
+        return run_group(self.directory, len(self.plain), plain=self.plain)
 
 
 def shares_of(paths: list[Path], count: int) -> Ranges:

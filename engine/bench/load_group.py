@@ -7,7 +7,7 @@ from engine.bench.rank_group import run_ranks
 
 
 def run_group(
-    directory: Path, world_size: int, plain: tuple[tuple[FileRange, ...], ...] = ()
+    directory: Path, world_size: int, quantization: str = "none", plain: tuple[tuple[FileRange, ...], ...] = ()
 ) -> tuple[LoadSample, ...]:
     """Start fresh processes that load a checkpoint, or touch plain ranges, at once; return what each measured.
 
@@ -17,6 +17,6 @@ def run_group(
     """
 
     def make_task(results: str) -> LoadTask:
-        return LoadTask(directory=str(directory), results=results, plain=plain)
+        return LoadTask(directory=str(directory), quantization=quantization, results=results, plain=plain)
 
     return run_ranks("engine.bench.load_rank", make_task, world_size, LoadSample)

@@ -17,6 +17,7 @@ class LoadTask:
     """One measurement, of all ranks at once."""
 
     directory: str  # of the checkpoint
+    quantization: str  # of its matrices, as `--quantization` has it
     results: str  # directory where each rank leaves a `LoadSample`, in a file of its own
     plain: tuple[tuple[FileRange, ...], ...] = ()  # what each rank maps and touches; empty: the ranks load the model
 

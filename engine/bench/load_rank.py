@@ -60,7 +60,8 @@ def _way(task: LoadTask, group: CommunicationHandler) -> Callable[[], _Loaded]:
     if task.plain:
         return lambda: _map(task.plain[group.rank])
     config = ModelConfig.from_directory(task.directory)
-    model = build_model(config, group, device=group.device, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    model = build_model(config, group, device=group.device, dtype=dtype, quantization=task.quantization)
 
     def load() -> _Loaded:
         report = ModelDistributor(group).load_model(model, task.directory)

@@ -162,6 +162,8 @@ def _share_memory(
         if environment.rank == 0 and error.is_unexpected:
             logger.warning("the ranks use gloo, which is slower, since they cannot share memory: %s", error)
         return None
+    except ValueError as error:
+        raise ValueError(f"--collectives {collectives}: {error}; --collectives gloo needs no kernels") from error
 
 
 def _spin_seconds(environment: RankEnvironment) -> float:

@@ -42,6 +42,9 @@ class SharedMemoryCollectives:
         store: what the ranks share beside.
         timeout_seconds: how long a rank is waited for.
         spin_seconds: how long a rank that waits looks for the others before it sleeps.
+
+    Raises:
+        RuntimeError: if there is no memory for this end.
     """
 
     name = "shared-memory"
@@ -82,6 +85,8 @@ class SharedMemoryCollectives:
             (c_int64 * len(TIME_BUCKETS))(*(round(bound * 1e9) for bound in TIME_BUCKETS)),
             len(TIME_BUCKETS),
         )
+        if self._end is None:
+            raise RuntimeError(f"rank {rank} has no memory left for its end of the group")
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over the ranks; see `Collectives`."""

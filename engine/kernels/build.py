@@ -45,6 +45,7 @@ def compile_kernels(directory: Path, *, warnings_are_errors: bool = False) -> li
 
     Raises:
         RuntimeError: if there is no compiler, it fails, or this is no x86-64.
+        OSError: if the directory cannot be written.
     """
     if platform.machine() != "x86_64":
         raise RuntimeError(f"the C++ kernels are for x86-64, and this is {platform.machine()}")
@@ -59,7 +60,7 @@ def compile_kernels(directory: Path, *, warnings_are_errors: bool = False) -> li
 
 def find_compiler() -> str | None:
     """Return the command of a C++ compiler: `$CXX`, or `g++` or `c++`, whichever is there."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    return os.environ.get("CXX", "").strip() or shutil.which("g++") or shutil.which("c++")
 
 
 def _compile(compiler: Sequence[str], instruction_set: InstructionSet, directory: Path) -> Path:
@@ -75,13 +76,14 @@ def _compile(compiler: Sequence[str], instruction_set: InstructionSet, directory
     ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{compiler[0]} cannot be run: {error.strerror}") from error
+    try:
         if result.returncode != 0:
             raise RuntimeError(
                 f"{compiler[0]} cannot compile the kernels for {instruction_set.name}:\n{result.stderr[:4000]}"
             )
         unfinished.replace(path)
-    except OSError as error:
-        raise RuntimeError(f"{compiler[0]} cannot be run: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return path
@@ -92,11 +94,12 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         """Compile into the build folder, or into the source tree for an editable installation."""
-        root = Path.cwd() if self.inplace else Path(self.build_lib)
+        directory = (Path.cwd() if self.inplace else Path(self.build_lib)) / "engine" / "kernels"
         try:
-            compile_kernels(root / "engine" / "kernels")
-        except RuntimeError as error:
+            compile_kernels(directory)
+        except (RuntimeError, OSError) as error:
             print(f"warning: ryzanstein is built without its C++ kernels: {error}", file=sys.stderr)  # noqa: T201
+            _remove_libraries_of_other_sources(directory)
 
     def get_source_files(self) -> list[str]:
         """Return what a source distribution must have to be built."""
@@ -124,8 +127,15 @@ def _libraries(directory: Path) -> Iterable[Path]:
     return (path for path in paths if path.exists())
 
 
+def _remove_libraries_of_other_sources(directory: Path) -> None:
+    """Remove what earlier sources left: with a library that does not fit nothing starts, without any torch computes."""
+    for path in _libraries(directory):
+        if source_hash().encode() not in path.read_bytes():
+            path.unlink()
+
+
 if __name__ == "__main__":
     try:
         compile_kernels(Path(__file__).parent)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         sys.exit(f"ryzanstein: error: {error}")

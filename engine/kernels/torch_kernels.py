@@ -23,6 +23,8 @@ class TorchKernels:
 
     def logits(self, x: Tensor, weight: Tensor, weight_scale: Tensor | None = None) -> Tensor:
         """Return x W^T, at least in float32; see `Kernels`."""
+        if weight_scale is not None:
+            x = x.to(torch.promote_types(x.dtype, torch.bfloat16))  # sums with rows up to 127 pass float16's range
         y = F.linear(x, weight.to(x.dtype))
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         return y if weight_scale is None else y * weight_scale

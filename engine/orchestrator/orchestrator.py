@@ -25,6 +25,8 @@ from engine.protocol.messages import GroupState, GroupStatus, Recovery
 from engine.protocol.model_config import ModelConfig
 
 MOST_LOST_STARTS = 3  # in a row: then the next is not expected to be better
+# How long the last status waits for the server to hear it. One that has just started may not listen yet.
+LINGER_MS, LINGER_OF_A_FAILURE_MS = 1000, 10_000
 
 
 class MultiGPUOrchestrator:
@@ -44,6 +46,7 @@ class MultiGPUOrchestrator:
         self._start_ranks = start_ranks
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = Channel(self._context, None)
+        self._status.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._poller = zmq.Poller()
         self._cpus = os.sched_getaffinity(0)
         self._agreement = Agreement.of(spec)  # what was agreed on before, and holds for all groups to come
@@ -129,6 +132,7 @@ class MultiGPUOrchestrator:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _fail(self, error: str, is_user_error: bool) -> int:
+        self._status.socket.setsockopt(zmq.LINGER, LINGER_OF_A_FAILURE_MS)
         self._status.send(
             GroupStatus(epoch=self._spec.epoch, state=GroupState.FAILED, error=error, is_user_error=is_user_error)
         )
@@ -142,7 +146,6 @@ class MultiGPUOrchestrator:
 
     def _close(self) -> None:
         signal.set_wakeup_fd(-1)
-        self._status.socket.setsockopt(zmq.LINGER, 1000)  # the server should hear the last status
         self._status.socket.close()
         self._context.term()
 
@@ -170,6 +173,7 @@ def _signals_to_socket() -> socket.socket:
     receiver, sender = socket.socketpair()
     receiver.setblocking(False)
     sender.setblocking(False)
+    sender.send(bytes([signal.SIGCHLD]))  # a rank that was started before may have ended before
     signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # the wake-up is what matters

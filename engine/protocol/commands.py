@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.protocol.config import KERNELS, MODEL_DTYPES, QUANTIZATIONS, check_options, option
 
 MOST_TOKENS = 2**20  # of a prompt or a batch that is measured
+MOST_RANKS = 256  # that exchange data; they are all on one machine
 SMALLEST_FILE = 2**20  # bytes; a limit below it is a slip of the pen
 
 
@@ -106,6 +107,8 @@ class BenchCollectivesCommand:
         check_options(self)
         if self.tensor_parallel_size == 1:
             raise ValueError("--tensor-parallel-size must be at least 2: one rank has nobody to exchange data with")
+        if self.tensor_parallel_size > MOST_RANKS:
+            raise ValueError(f"--tensor-parallel-size must be at most {MOST_RANKS}, not {self.tensor_parallel_size}")
 
 
 @dataclass(frozen=True, kw_only=True)

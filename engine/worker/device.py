@@ -64,21 +64,27 @@ def choose_kernels(engine: EngineConfig, device: torch.device, dtype: torch.dtyp
         placement: the rank's threads.
 
     Raises:
-        ValueError: naming the option, if what is asked for cannot be had.
+        ValueError: naming the option, if what is asked for cannot be had; if the threads cannot.
     """
     if engine.kernels == "torch":
         return TORCH_KERNELS
     if device.type == "cuda" or dtype not in DTYPES:
         if engine.kernels != "auto":
             raise ValueError(
-                f"--kernels {engine.kernels} computes on CPUs in float32 or bfloat16, not {device} in {dtype}"
+                f"--kernels {engine.kernels} computes on CPUs in float32 or bfloat16, not {device} in "
+                f"{str(dtype).removeprefix('torch.')}"
             )
         return TORCH_KERNELS
     library = find_library(engine.kernels)
     if library is None:
         return TORCH_KERNELS
     cpus = None if placement.cpus is None else list(placement.cpus)
-    pool = library.create_pool(placement.num_threads, cpus, placement.spin_seconds)
+    try:
+        pool = library.create_pool(placement.num_threads, cpus, placement.spin_seconds)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{error}; OMP_NUM_THREADS says how many a rank has, and ulimit -u how many all may be"
+        ) from error
     return CPUKernels(library, pool, dtype, is_batch_invariant=engine.batch_invariant)
 
 

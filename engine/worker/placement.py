@@ -17,6 +17,7 @@ SYSTEM = Path("/sys/devices/system")
 SPIN_SECONDS = 100e-6  # between two layers' operations lie some 10e-6
 SPIN_SECONDS_OF_A_QUOTA = 10e-6  # what is spent on waiting is not there for computing
 SHARE_THAT_CAN_GIVE = 8  # cores: of so many, one less is hardly slower
+MOST_THREADS = 2**31 - 1  # that OpenMP can count
 CORES_OF_A_SERVICE_CORE = 32  # for each so many, the server and the orchestrator have one
 
 
@@ -129,7 +130,7 @@ def read_processors(system: Path = SYSTEM, cgroup_root: Path = CGROUP_ROOT) -> P
 def asked_threads(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return what OMP_NUM_THREADS says of the threads of a process, or None if that is no number."""
     first = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list has one for each level of nesting
-    return int(first) if first.isdecimal() and int(first) > 0 else None
+    return int(first) if first.isdecimal() and 0 < int(first) <= MOST_THREADS else None
 
 
 def _numbers(path: Path) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 from engine.orchestrator.launcher import ONE_THREAD
 from server.__main__ import will_serve
 from server.early_engine import EarlyEngine
-from tests.leftovers import Leftovers
+from tests.leftovers import Leftovers, still_running
 from tests.service_process import wait_until
 
 MAIN = (sys.executable, "-P", "-m", "server")
@@ -64,6 +64,12 @@ def processes_of(leftovers: Leftovers) -> list[psutil.Process]:
     return found
 
 
+def ranks_below(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """Return what runs as a rank below a service."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "engine.worker" in child.cmdline()]
+
+
 def test_a_mistake_in_the_options_leaves_no_process(leftovers: Leftovers) -> None:
     environment = {**os.environ, **leftovers.environment}
     done = subprocess.run([*MAIN, "serve", "--nonsense"], capture_output=True, text=True, env=environment, check=False)
@@ -92,7 +98,7 @@ def test_an_engine_that_was_told_nothing_is_stopped_with_its_rank() -> None:
     wait_until(lambda: len(process.children()) == 1, 30)
     processes = [process, *process.children()]
     engine.stop()
-    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert still_running(processes, 10) == []
 
 
 def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
@@ -101,8 +107,20 @@ def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
     wait_until(lambda: len(process.children()) == 1, 30)
     [rank] = process.children()
     process.kill()
-    assert psutil.wait_procs([rank], timeout=10)[1] == []
+    assert still_running([rank], 10) == []
     engine.stop()
+
+
+def test_a_rank_that_ends_before_it_is_told_anything_ends_the_service(leftovers: Leftovers) -> None:
+    environment = {**os.environ, **leftovers.environment}
+    with subprocess.Popen([*MAIN, "serve", "--port", "0"], env=environment, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: len(ranks_below(process)) == 1, 30)
+        [rank] = ranks_below(process)
+        rank.kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.decode() == f"ryzanstein: error: rank 0 (pid {rank.pid}) was killed by SIGKILL\n"
+    wait_until(lambda: processes_of(leftovers) == [], 10)
 
 
 @pytest.mark.parametrize(

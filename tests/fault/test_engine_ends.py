@@ -13,6 +13,7 @@ from engine.protocol.messages import FinishReason, GroupState, Request, Sampling
 from engine.protocol.model_config import ModelConfig
 from tests.checkpoints import random_llama
 from tests.engine_process import EngineFailedError, EngineProcess
+from tests.leftovers import still_running
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_ranks_die_with_a_killed_orchestrator(checkpoint: Path) -> None:
         assert len(processes) == 3  # the ranks, and what they are forked from
         engine.process.kill()
         engine.process.wait()
-        assert psutil.wait_procs(processes, timeout=5)[1] == []
+        assert still_running(processes, 5) == []
 
 
 def test_closing_the_orchestrators_input_ends_the_group_and_removes_its_folder(checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """A row's result is the same bits alone, in any batch and chunks, computed again, and behind a cached prefix."""
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tests.checkpoints import random_llama
 from tests.computing import make_kernels
 from tests.distributed import run_on_ranks
 from tests.engine_process import EngineFailedError, EngineProcess
+from tests.kernels import KERNELS_VARIABLE
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -204,10 +206,12 @@ def token_by_token(run: Schedule) -> None:
         run.decode(name, length)
 
 
-def bits(group: CommunicationHandler, directory: Path, kernels: str, dtype: str) -> dict[str, Bits]:
+def bits(
+    group: CommunicationHandler, directory: Path, kernels: str, dtype: str, quantization: str = "none"
+) -> dict[str, Bits]:
     """Return what each schedule found, on rank 0, with two threads; and what one thread finds token by token."""
-    alone = run_schedule(token_by_token, make_runner(group, directory, kernels, dtype, num_threads=1))
-    runner = make_runner(group, directory, kernels, dtype, num_threads=2)
+    alone = run_schedule(token_by_token, make_runner(group, directory, kernels, dtype, quantization, num_threads=1))
+    runner = make_runner(group, directory, kernels, dtype, quantization, num_threads=2)
     found = {name: run_schedule(schedule, runner) for name, schedule in SCHEDULES.items()}
     return {"token by token": alone, **found}
 
@@ -219,12 +223,12 @@ def run_schedule(schedule: Callable[[Schedule], None], runner: ModelRunner) -> B
 
 
 def make_runner(
-    group: CommunicationHandler, directory: Path, kernels: str, dtype: str, num_threads: int
+    group: CommunicationHandler, directory: Path, kernels: str, dtype: str, quantization: str, num_threads: int
 ) -> ModelRunner:
     config = ModelConfig.from_directory(directory)
-    model = build_model(config, group, device=CPU, dtype=DTYPES[dtype])
+    model = build_model(config, group, device=CPU, dtype=DTYPES[dtype], quantization=quantization)
     ModelDistributor(group).load_model(model, directory)
-    computing = make_kernels(kernels, DTYPES[dtype], num_threads)
+    computing = make_kernels(kernels, DTYPES[dtype], num_threads, is_batch_invariant=True)
     use_kernels(model, computing)
     kv_caches = kv_tensors.allocate(
         config,
@@ -246,7 +250,15 @@ def make_runner(
 def test_logits_are_the_same_bits_whatever_was_computed_when_and_beside_what(
     dtype: str, tp_size: int, each_instruction_set: str, checkpoint: Path
 ) -> None:
-    found = run_on_ranks(bits, tp_size, checkpoint, each_instruction_set, dtype)[0]
+    check_bits(run_on_ranks(bits, tp_size, checkpoint, each_instruction_set, dtype)[0])
+
+
+@pytest.mark.parametrize(("dtype", "tp_size"), [("float32", 1), ("bfloat16", 2)])
+def test_so_they_are_with_int8_matrices(dtype: str, tp_size: int, each_instruction_set: str, checkpoint: Path) -> None:
+    check_bits(run_on_ranks(bits, tp_size, checkpoint, each_instruction_set, dtype, "int8")[0])
+
+
+def check_bits(found: dict[str, Bits]) -> None:
     expected = found.pop("token by token")
     assert len(expected) == sum(LENGTHS.values())
     assert all(logits.isfinite().all() and logits.std() > 0 for logits in expected.values())
@@ -308,6 +320,7 @@ def results_of(engine: EngineProcess, batch: list[Request]) -> Results:
     return found
 
 
+@pytest.mark.skipif(os.environ.get(KERNELS_VARIABLE) == "torch", reason="--batch-invariant is for the C++ kernels")
 @pytest.mark.parametrize(("dtype", "tp_size"), [("float32", 1), ("bfloat16", 2)])
 def test_an_engines_results_are_the_same_bits_alone_and_crowded_preempted_and_cached(
     dtype: str, tp_size: int, checkpoint: Path

@@ -1,16 +1,21 @@
 """ryzanstein bench collectives: real ranks, a table and a JSON document."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engine.bench.collectives_messages import NUM_TOKENS, OPERATIONS
 from engine.bench.collectives_report import HEADING, Collective, CollectivesBenchmark
 from engine.bench.figures import Figure
+from tests.leftovers import Leftovers
+from tests.service_process import wait_until
 
 COMMAND = (str(Path(sys.executable).parent / "ryzanstein"), "bench", "collectives")
 SECONDS = 200.0  # in which a command ends, on a busy machine too
@@ -52,6 +57,7 @@ def test_each_operation_is_measured_at_each_size_over_shared_memory_and_gloo() -
     ("arguments", "problem"),
     [
         (("-tp", "1"), "--tensor-parallel-size must be at least 2: one rank has nobody to exchange data with"),
+        (("-tp", "5000"), "--tensor-parallel-size must be at most 256, not 5000"),
         (("--runs", "0"), "--runs must be between 1 and 2147483647, not 0"),
     ],
 )
@@ -60,6 +66,23 @@ def test_a_mistake_ends_in_one_line_and_code_2(arguments: tuple[str, ...], probl
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"ryzanstein: error: {problem}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_signal_ends_it_with_its_ranks() -> None:
+    with Leftovers() as leftovers:
+        process = psutil.Popen(
+            [*COMMAND, "--runs", "10000"],
+            env={**os.environ, **leftovers.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: len(process.children()) == 2, SECONDS)
+        ranks = process.children()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=SECONDS) == (None, "")
+        assert process.returncode == 130
+        leftovers.check(ranks)
 
 
 def measured(carrier: str, num_tokens: int) -> Collective:

@@ -14,6 +14,7 @@ import pytest
 
 from engine.bench.random_checkpoint import write_random_checkpoint
 from engine.bench.shapes import raw_configs
+from engine.kernels.instruction_sets import usable_instruction_sets
 from tests.leftovers import Leftovers
 
 COMMAND = (str(Path(sys.executable).parent / "ryzanstein"), "bench")
@@ -83,6 +84,7 @@ def test_ranks_are_measured_beside_one_rank(model: Path, leftovers: Leftovers) -
         assert len(setup["memory"]) == setup["tensor_parallel_size"]
         for memory in setup["memory"]:
             assert memory["resident"] > memory["weights"] + memory["kv_cache"] > memory["kv_cache"] > 0
+    assert found["kernels"] == next((item.name for item in usable_instruction_sets()), "torch")
     assert len(found["ratios"]) == 2 * 3
     assert {(limit["kind"], limit["cores"]) for limit in found["limits"]} >= {("read", 1), ("bfloat16", 1)}
 
@@ -93,6 +95,14 @@ def test_batch_invariance_is_measured_beside_what_is_without(model: Path, leftov
     assert (done.returncode, done.stderr) == (0, "")
     assert "thread, batch-invariant over 1 rank" in done.stdout or "threads, batch-invariant over 1 rank" in done.stdout
     assert "prefill" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_model_in_float16_is_measured_in_seconds(model: Path, leftovers: Leftovers) -> None:
+    options = ("--dtype", "float16", "--batch", 1, *SHORT, "--prefill", "")
+    done = bench(leftovers, "decode", model, *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " in float16, quantization none, kernels torch; 1 run of 4 steps\n" in done.stdout
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from engine.bench.random_checkpoint import write_random_checkpoint
 from engine.bench.shapes import raw_configs
 from engine.checkpoint.convert import shard
 from engine.protocol.commands import ShardCommand
-from tests.leftovers import Leftovers
+from tests.leftovers import Leftovers, still_running
 
 COMMAND = (str(Path(sys.executable).parent / "ryzanstein"), "bench", "load")
 SHAPE = {
@@ -109,6 +109,18 @@ def test_each_rank_of_as_many_as_saved_it_reads_its_own_bytes(folder: Path, left
     for rank, size in enumerate(found["weight_bytes"]):
         header_and_fillers = (folder / "tp2" / f"weights_rank{rank}.safetensors").stat().st_size - size
         assert 0 < header_and_fillers < 20_000
+
+
+def test_a_checkpoint_of_int8_is_loaded_as_it_is(folder: Path, tmp_path: Path, leftovers: Leftovers) -> None:
+    shard(
+        ShardCommand(
+            source=str(folder / "hf"), destination=str(tmp_path / "int8"), quantization="int8", progress=False
+        ),
+        lambda _: lambda _: None,
+    )
+    found = document(leftovers, tmp_path / "int8", "--runs", 1, "--no-cold")
+    assert found["dtype"] == "int8"
+    assert found["warm"]["bytes_read"] == found["weight_bytes"]
 
 
 @pytest.mark.slow
@@ -246,5 +258,5 @@ def test_ranks_die_with_a_bench_that_is_killed(folder: Path, tmp_path: Path) -> 
         time.sleep(0.05)
     process.kill()
     process.wait(SECONDS)
-    _, alive = psutil.wait_procs(ranks, timeout=10.0)
-    assert (len(ranks), alive) == (2, [])
+    assert len(ranks) == 2
+    assert still_running(ranks, 10.0) == []

@@ -112,6 +112,24 @@ def test_where_shared_memory_is_asked_for_and_cannot_be_had_all_ranks_say_why(tm
     assert errors == [f"--collectives shared-memory: {missing}"] * 2
 
 
+def with_kernels_of_other_sources(_: CommunicationHandler, port: int) -> str:
+    def refuse(*_: object) -> None:
+        raise ValueError("kernels.so was compiled from other sources")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_PORT", str(port))
+        patch.setattr("engine.communication.meeting.KernelLibrary", refuse)
+        with pytest.raises(ValueError, match="--collectives auto: ") as failure:
+            ProcessGroupManager(torch.device("cpu"), timeout_seconds=60)
+    return str(failure.value)
+
+
+def test_ranks_whose_kernels_are_of_other_sources_say_which_collectives_need_none() -> None:
+    errors = run_on_ranks(with_kernels_of_other_sources, 2, _free_port())
+    told = "--collectives auto: kernels.so was compiled from other sources; --collectives gloo needs no kernels"
+    assert errors == [told] * 2
+
+
 def pretend_to_be_elsewhere(group: CommunicationHandler) -> tuple[str, bool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.communication.meeting.machine", lambda: f"machine {group.rank}")

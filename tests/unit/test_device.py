@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from engine.kernels.base import Kernels
+from engine.kernels.instruction_sets import usable_instruction_sets
+from engine.kernels.library import KernelLibrary
 from engine.kernels.torch_kernels import TORCH_KERNELS, TorchKernels
 from engine.protocol.config import EngineConfig
-from engine.worker.device import choose_device, choose_dtype, set_torch_threads, stay_on_cpus
+from engine.worker.device import choose_device, choose_dtype, choose_kernels, set_torch_threads, stay_on_cpus
 from engine.worker.placement import Placement
 from tests.configs import model_config
 
@@ -141,3 +143,15 @@ def test_without_cpus_of_its_own_a_rank_runs_where_it_may() -> None:
     before = os.sched_getaffinity(0)
     stay_on_cpus(Placement(1, None, 0.0), TORCH_KERNELS)
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(not usable_instruction_sets(), reason="this machine has none of the instruction sets")
+def test_threads_that_cannot_be_had_are_an_error_that_says_where_their_number_comes_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise RuntimeError("99 threads cannot be started")
+
+    monkeypatch.setattr(KernelLibrary, "create_pool", refuse)
+    with pytest.raises(ValueError, match=r"^99 threads cannot be started; OMP_NUM_THREADS says how many a rank has"):
+        choose_kernels(EngineConfig(), CPU, torch.float32, Placement(99, None, 0.0))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from engine.kernels.build import compile_kernels, find_compiler
 from engine.kernels.instruction_sets import INSTRUCTION_SETS, usable_instruction_sets
-from engine.kernels.sources import HEADERS, SOURCES, library_name
+from engine.kernels.sources import DIRECTORY, HEADERS, SOURCES, library_name
 from tests.service_process import ROOT
 
 LIBRARIES = [library_name(item.name) for item in INSTRUCTION_SETS]
@@ -60,6 +61,24 @@ def test_a_build_without_a_compiler_says_so_once_and_succeeds(
     assert len(warnings) == 1
     assert warnings[0].startswith(f"warning: ryzanstein is built without its C++ kernels: {why}")
     assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_a_build_that_cannot_write_says_so_and_succeeds(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    built = setup(ROOT, "build_ext", "--build-lib", str(tmp_path / "file"), CXX="false")
+    assert built.returncode == 0, built.stderr
+    assert re.search(r"warning: ryzanstein is built without its C\+\+ kernels: .*Not a directory", built.stderr)
+
+
+@needs_compiler
+def test_a_build_without_a_compiler_leaves_no_library_of_other_sources(tmp_path: Path) -> None:
+    directory = tmp_path / "engine" / "kernels"
+    directory.mkdir(parents=True)
+    kept, removed = LIBRARIES[:2]
+    shutil.copy(DIRECTORY / kept, directory)
+    (directory / removed).write_bytes(b"\x7fELF of other sources")
+    assert setup(ROOT, "build_ext", "--build-lib", str(tmp_path), CXX="/no/such/compiler").returncode == 0
+    assert [path.name for path in directory.iterdir()] == [kept]
 
 
 def test_another_processor_has_no_kernels_and_compiles_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

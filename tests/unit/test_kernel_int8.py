@@ -159,6 +159,14 @@ def test_what_is_no_number_is_none_afterwards(
         assert computing.int8_scales(weight).isnan().tolist() == [row == 3 for row in range(9)]
 
 
+def test_sums_beyond_float16_are_products_of_float16_none_the_less() -> None:
+    x, rows = torch.full((2, 4096), 3.0, dtype=torch.float16), torch.full((5, 4096), 127, dtype=torch.int8)
+    scale = torch.full((5,), 2.0**-10)
+    expected = torch.full((2, 5), 3 * 4096 * 127 * 2.0**-10)
+    assert torch.equal(TORCH_KERNELS.linear(x, rows, None, scale), expected.half())
+    assert torch.equal(TORCH_KERNELS.logits(x, rows, scale), expected)
+
+
 def matrices(dtype: torch.dtype) -> Tensor:
     """Return rows of zeros, of one large number, of ties, of tiny numbers, and random ones of several sizes."""
     weight = draw(40, 75, dtype=torch.float32) * torch.logspace(-30, 30, 40).unsqueeze(1)

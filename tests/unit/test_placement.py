@@ -139,7 +139,8 @@ def test_threads_that_are_asked_for_are_had_and_stay_nowhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "asked"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("many", None), ("-1", None)]
+    ("text", "asked"),
+    [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("many", None), ("-1", None), ("4294967297", None)],
 )
 def test_omp_num_threads_is_read_as_openmp_reads_it(text: str, asked: int | None) -> None:
     assert asked_threads({"OMP_NUM_THREADS": text}) == asked

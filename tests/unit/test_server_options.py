@@ -152,6 +152,17 @@ def test_help_shows_each_option_with_default_and_variable(capsys: pytest.Capture
         assert option.flag in text
         assert option.variable in text
     assert "default 8000" in text
+    assert "OMP_NUM_THREADS sets the threads of each" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [("limits", "ryzanstein bench limits [options]"), ("decode", "ryzanstein bench decode MODEL [options]")],
+)
+def test_help_begins_with_what_is_typed(command: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {usage}\n")
 
 
 @pytest.mark.parametrize("command", ["serve", "doctor"])

@@ -3,12 +3,13 @@
 The ranks are threads here, each with a mapping and an end of its own. tests/integration has them as processes.
 """
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -301,6 +302,26 @@ def test_a_rank_that_has_left_is_named_at_once() -> None:
         ends[1].close()
         for error in errors_of([ends[0], ends[2]], lambda end: end.all_gather(torch.ones(8), 0)):
             assert error.startswith("rank 1 has left the group, and others wait for it in all_gather (32 bytes)")
+
+
+class WithoutMemory(KernelLibrary):
+    """Kernels that get no memory for a rank's end of a group."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        return (lambda *_: None) if name == "collectives_create" else super().function(name)
+
+
+def test_a_rank_without_memory_for_its_end_says_so() -> None:
+    with mmap.mmap(-1, 1 << 20) as memory, pytest.raises(RuntimeError, match="rank 1 has no memory left"):
+        SharedMemoryCollectives(
+            WithoutMemory(INSTRUCTION_SETS[0]),
+            memory,
+            rank=1,
+            pidfds=[-1, -1],
+            store=None,
+            timeout_seconds=1.0,
+            spin_seconds=0.0,
+        )
 
 
 def test_a_rank_that_has_left_does_nothing_more() -> None:

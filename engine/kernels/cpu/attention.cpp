@@ -12,6 +12,7 @@
 
 #include "attention_block.h"
 #include "attention_cache.h"
+#include "divide_up.h"
 #include "export.h"
 #include "rotary.h"
 #include "thread_pool.h"
@@ -25,8 +26,6 @@ constexpr int64_t kChunksPerThread = 8;  // of pieces, at most: what comes after
 constexpr int64_t kChunkWork = 4096;  // products of a row and a key, below which a thread is not worth waking
 constexpr int64_t kWriteChunk = 8192;  // elements of keys, likewise
 
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A run of one sequence's query tokens, and the segments of keys that it attends to in this piece.
 struct Piece {
   int64_t seq;
@@ -35,7 +34,7 @@ struct Piece {
   int64_t first_segment, last_segment;
   int64_t sums;  // where those of its unit lie among all sums that are added up later; -1 if the piece is its whole unit
 
-  int64_t num_segments() const { return divided_up(num_keys(), kSegmentKeys); }
+  int64_t num_segments() const { return divide_up(num_keys(), kSegmentKeys); }
   int64_t num_keys() const { return position + num_tokens; }
   int64_t work() const { return num_tokens * num_keys(); }
 };
@@ -60,7 +59,7 @@ class PagedAttention {
         step_(step),
         cache_(keys, values, step),
         share_(step.num_heads / step.num_kv_heads),
-        stride_(divided_up(step.head_dim, kLanes) * kLanes),
+        stride_(divide_up(step.head_dim, kLanes) * kLanes),
         scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(step.head_dim)))) {}
 
   void run() {
@@ -83,7 +82,7 @@ class PagedAttention {
  private:
   template <class F>
   void for_chunks(int64_t num_items, int64_t per_chunk, const F& f) {
-    pool_->parallel_for(divided_up(num_items, per_chunk), [&](int64_t chunk) {
+    pool_->parallel_for(divide_up(num_items, per_chunk), [&](int64_t chunk) {
       const int64_t stop = std::min(num_items, (chunk + 1) * per_chunk);
       for (int64_t item = chunk * per_chunk; item < stop; ++item) f(item, stop);
     });
@@ -110,7 +109,7 @@ class PagedAttention {
   // All tokens' keys and values are written before any query attends: sequences may share pages.
   void write_cache() {
     const int64_t per_token = step_.num_kv_heads * step_.head_dim;
-    for_chunks(step_.num_tokens(), divided_up(kWriteChunk, per_token), [this](int64_t token, int64_t) {
+    for_chunks(step_.num_tokens(), divide_up(kWriteChunk, per_token), [this](int64_t token, int64_t) {
       const int64_t* const ends = step_.cu_seqlens_q + 1;
       const int64_t seq = std::upper_bound(ends, ends + step_.num_seqs, token) - ends;
       const std::unique_ptr<T[]> key(new T[step_.head_dim]);
@@ -143,7 +142,7 @@ class PagedAttention {
     std::vector<Piece> pieces;
     for (const Piece& unit : pieces_) {
       const int64_t work = unit.work() * share_, segments = unit.num_segments();
-      const int64_t per_piece = work > most_work ? divided_up(segments * std::max<int64_t>(1, most_work), work) : segments;
+      const int64_t per_piece = work > most_work ? divide_up(segments * std::max<int64_t>(1, most_work), work) : segments;
       if (per_piece >= segments) {
         pieces.push_back(unit);
         continue;

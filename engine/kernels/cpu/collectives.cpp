@@ -3,10 +3,12 @@
 // the number of rounds, so that all ranks have the same bits.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "collectives_group.h"
 #include "collectives_sum.h"
+#include "divide_up.h"
 #include "export.h"
 #include "futex.h"
 
@@ -60,7 +62,7 @@ struct Slice {
 
 Slice slice_of(int rank, int num_ranks, int64_t n, int64_t element_bytes) {
   const int64_t line = kLine / element_bytes;
-  const int64_t each = ((n + num_ranks - 1) / num_ranks + line - 1) / line * line;
+  const int64_t each = divide_up(divide_up(n, num_ranks), line) * line;
   const int64_t begin = std::min(rank * each, n);
   return {begin, std::min(each, n - begin)};
 }
@@ -259,15 +261,16 @@ EXPORT Collectives* ryz_collectives_create(char* segment, int rank, int size, in
                                            int64_t most_shared_by_all, int64_t spin_ns, int64_t timeout_ns,
                                            const int* pidfds, const int64_t* bounds_ns, int num_bounds) {
   try {
-    auto* self = new Collectives{SharedGroup(segment, rank, size, slot_bytes, spin_ns, timeout_ns, pidfds),
-                                 std::min(most_shared_by_all, slot_bytes),
-                                 std::vector<int64_t>(bounds_ns, bounds_ns + num_bounds),
-                                 {}};
+    std::unique_ptr<Collectives> self(
+        new Collectives{SharedGroup(segment, rank, size, slot_bytes, spin_ns, timeout_ns, pidfds),
+                        std::min(most_shared_by_all, slot_bytes),
+                        std::vector<int64_t>(bounds_ns, bounds_ns + num_bounds),
+                        {}});
     for (Times& times : self->times) {
       times.whole.counts.resize(num_bounds + 1);
       times.waiting.counts.resize(num_bounds + 1);
     }
-    return self;
+    return self.release();
   } catch (const std::bad_alloc&) {
     return nullptr;
   }

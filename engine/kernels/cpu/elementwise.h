@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "divide_up.h"
 #include "simd.h"
 #include "thread_pool.h"
 
@@ -15,7 +16,7 @@ constexpr int64_t kChunkElements = 8192;  // 1 to 4 us of work; threads that sha
 template <class F>
 void for_tokens(ThreadPool* pool, int64_t num_tokens, int64_t size, const F& f) {
   const int64_t per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, size));
-  pool->parallel_for((num_tokens + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
+  pool->parallel_for(divide_up(num_tokens, per_chunk), [&](int64_t chunk) {
     const int64_t stop = std::min(num_tokens, (chunk + 1) * per_chunk);
     for (int64_t token = chunk * per_chunk; token < stop; ++token) f(token);
   });

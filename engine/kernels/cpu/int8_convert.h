@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "divide_up.h"
 #include "simd.h"
 #include "thread_pool.h"
 
@@ -65,7 +66,7 @@ template <class Y, class F>
 void for_each_tile_row(ThreadPool* pool, Y* y, const int8_t* w, const Shape& shape, const F& f) {
   const int64_t fitting_rows = std::min(kMostChunkRows, kChunkBytes / std::max<int64_t>(1, shape.in_features));
   const int64_t chunk_rows = std::max<int64_t>(1, fitting_rows / kRows) * kRows;
-  pool->parallel_for((shape.out_features + chunk_rows - 1) / chunk_rows, [&](int64_t chunk) {
+  pool->parallel_for(divide_up(shape.out_features, chunk_rows), [&](int64_t chunk) {
     const int64_t begin = chunk * chunk_rows, stop = std::min(shape.out_features, begin + chunk_rows);
     Y out[kBlockTokens * kMostChunkRows];
     for (int64_t row = begin; row < stop; row += kRows) {

@@ -1,4 +1,5 @@
 // Rounds matrices to int8, each row by a scale of its own: w = scale q, where scale = max |w| / 127.
+#include "divide_up.h"
 #include "export.h"
 #include "int8.h"
 #include "thread_pool.h"
@@ -9,7 +10,7 @@ constexpr int64_t kRowsPerChunk = 16;
 
 template <class F>
 void for_each_row(ThreadPool* pool, int64_t num_rows, const F& f) {
-  pool->parallel_for((num_rows + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk) {
+  pool->parallel_for(divide_up(num_rows, kRowsPerChunk), [&](int64_t chunk) {
     const int64_t stop = std::min(num_rows, (chunk + 1) * kRowsPerChunk);
     for (int64_t row = chunk * kRowsPerChunk; row < stop; ++row) f(row);
   });

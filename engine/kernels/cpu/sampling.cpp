@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "divide_up.h"
 #include "export.h"
 #include "sampling_noise.h"
 #include "simd.h"
@@ -79,11 +80,11 @@ class Row {
     logits_ = logits;
     vocab_size_ = vocab_size;
     params_ = &params;
-    const int64_t num_vectors = (vocab_size + kLanes - 1) / kLanes;
+    const int64_t num_vectors = divide_up(vocab_size, kLanes);
     const int64_t most_stripes = kGroups / kLanes;
-    stripe_size_ = (num_vectors + most_stripes - 1) / most_stripes * kLanes;
+    stripe_size_ = divide_up(num_vectors, most_stripes) * kLanes;
     stripe_size_ += stripe_size_ % kBlock;  // whole blocks
-    num_stripes_ = (vocab_size + stripe_size_ - 1) / stripe_size_;
+    num_stripes_ = divide_up(vocab_size, stripe_size_);
     maxima_.resize(num_stripes_ * kLanes);
     parts_.resize(num_parts);
   }

@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 
+#include "divide_up.h"
 #include "thread_pool.h"
 
 namespace {
@@ -20,8 +21,6 @@ constexpr int64_t kChunkBytes = 48 << 10;   // of weights: what a thread claims 
 constexpr int64_t kBlockBytes = 512 << 10;  // of packed tokens: half of the second-level cache
 constexpr int64_t kAheadBytes = 8 << 10;    // at least so far ahead weights are fetched
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Memory of one thread that stays with it from call to call.
 class Scratch {
  public:
@@ -30,9 +29,11 @@ class Scratch {
   void* reserve(int64_t num_bytes) {
     if (num_bytes > size_) {
       std::free(memory_);
-      size_ = divide_up(num_bytes, kPageBytes) * kPageBytes;
-      memory_ = std::aligned_alloc(kPageBytes, size_);
+      size_ = 0;
+      const int64_t size = divide_up(num_bytes, kPageBytes) * kPageBytes;
+      memory_ = std::aligned_alloc(kPageBytes, size);
       if (memory_ == nullptr) throw std::bad_alloc();
+      size_ = size;
     }
     return memory_;
   }

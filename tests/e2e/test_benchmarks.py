@@ -1,0 +1,66 @@
+"""The scripts of benchmarks/: a real service, a table and a JSON document."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.protocol.config import EMBEDDED_MODEL
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 200.0  # in which a script ends, on a busy machine too
+SHORT = ("--batch", "2", "--context", "32", "--max-tokens", "8", "--runs", "1")
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+
+
+def test_steps_over_http_are_told_beside_what_the_machine_allows(tmp_path: Path) -> None:
+    document = tmp_path / "http.json"
+    done = run("http_decode.py", EMBEDDED_MODEL, *SHORT, "--quantization", "int8", "--json", document)
+    assert (done.returncode, done.stderr) == (0, "")
+    (found,) = json.loads(document.read_text())
+    (measured,) = found["runs"]
+    assert found["batch"] == 2
+    assert measured["tokens_per_second"] == pytest.approx(2 / measured["step_seconds"])
+    roof = max(measured["read_seconds"], measured["compute_seconds"])
+    assert measured["roof_share"] == pytest.approx(roof / measured["step_seconds"])
+    rates = (measured["read_rate_before"] + measured["read_rate_after"]) / 2
+    size = (EMBEDDED_MODEL / "model.safetensors").stat().st_size
+    assert 0.4 * size < measured["read_seconds"] * rates < 0.7 * size  # int8 has half of bfloat16's bytes, and scales
+    heading, row = done.stdout.splitlines()
+    assert heading.startswith("batch   tokens/s")
+    assert re.match(r"2 +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+% ", row)
+
+
+@pytest.mark.slow
+def test_a_start_is_told_beside_the_import_of_torch(tmp_path: Path) -> None:
+    document = tmp_path / "startup.json"
+    done = run("startup.py", "--runs", 1, "-tp", 1, "--json", document)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(document.read_text())
+    names = ["import torch", "tp 1: ready", "tp 1: first token"]
+    assert list(found["summary"]) == list(found["seconds"]) == names
+    assert all(found["seconds"][name][0] > 0 for name in names)
+    assert found["summary"]["import torch"]["ratio"] == 1
+    assert [line[:20].strip() for line in done.stdout.splitlines()[1:]] == names
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "problem"),
+    [
+        ("http_decode.py", ["/nothing"], "model: /nothing is not a directory"),
+        ("http_decode.py", [EMBEDDED_MODEL, "--batch", 0], "argument --batch: must be at least 1, not 0"),
+        ("startup.py", ["--runs", 0], "argument --runs: must be at least 1, not 0"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(script: str, arguments: list[object], problem: str) -> None:
+    done = run(script, *arguments)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"{script}: error: {problem}"
