@@ -68,11 +68,13 @@ async def _serve(
     queue = AdmissionQueue(client, metrics, config, process.spec.engine.max_num_seqs)
     ready = asyncio.Event()
     loading = LoadingProgress(sys.stderr)
+    url = listening_url(listener, "http" if credentials.tls is None else "https")
 
     def announce(status: GroupStatus) -> None:
         ready.set()
         keep_process_on(status.service_cpus)
-        url = listening_url(listener, "http" if credentials.tls is None else "https")
+        if stop.first.is_set():  # nobody is to send anything any more
+            return
         sys.stderr.write(banner(status, process.spec, model.name, url) + "\n")
         weights.start_writing()
 

@@ -111,15 +111,17 @@ def test_an_early_rank_dies_with_a_killed_orchestrator() -> None:
     engine.stop()
 
 
-def test_a_rank_that_ends_before_it_is_told_anything_ends_the_service(leftovers: Leftovers) -> None:
+def test_what_ranks_are_forked_from_may_end_before_it_is_told_anything(leftovers: Leftovers) -> None:
     environment = {**os.environ, **leftovers.environment}
     with subprocess.Popen([*MAIN, "serve", "--port", "0"], env=environment, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
         wait_until(lambda: len(ranks_below(process)) == 1, 30)
-        [rank] = ranks_below(process)
-        rank.kill()
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert errors.decode() == f"ryzanstein: error: rank 0 (pid {rank.pid}) was killed by SIGKILL\n"
+        ranks_below(process)[0].kill()
+        first_line = process.stderr.readline()  # pytest's own time limit holds
+        process.terminate()
+        process.communicate(timeout=30)
+    assert first_line == b"ryzanstein is ready\n"
+    assert process.returncode == 0
     wait_until(lambda: processes_of(leftovers) == [], 10)
 
 
