@@ -13,6 +13,7 @@ from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
 from server.middleware.cors import CORS
 from server.middleware.draining import Draining
+from server.middleware.overload import Overload
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
 from server.openapi import API
 from server.routes import chat, completions, docs, health, models, streams, tokenize
@@ -25,6 +26,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 def create_app(service: Service, config: ServerConfig, credentials: Credentials) -> ASGIApp:
     """Return the application that serves `service`, and all that is around it."""
     app: ASGIApp = _api(service, is_locked=bool(credentials.keys))
+    app = Overload(app, service.queue)
     app = Draining(app, service.drain)
     if credentials.keys:
         app = APIKeyAuth(app, credentials.keys, service.metrics)

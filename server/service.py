@@ -121,7 +121,6 @@ class Service:
 
     def check(self, body: GenerationRequest) -> None:
         """Raise an `APIError` when `body` cannot be served whatever the tokens of its prompts are."""
-        self.queue.require_room()
         self.check_model(body.model)
         check_limits(body, self.limits)
         check_vocabulary(body, self.model.vocab_size)

@@ -164,7 +164,7 @@ def test_version_docs_and_schema_are_served(idle_server: RunningServer) -> None:
         assert httpx.get(idle_server.url + asset).status_code == 200
     schema = httpx.get(f"{idle_server.url}/openapi.json").json()
     operation = schema["paths"][CHAT]["post"]
-    assert {"200", "400", "404", "413", "500", "503"} == set(operation["responses"])
+    assert {"200", "400", "404", "413", "429", "500", "503", "504"} == set(operation["responses"])
     assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     prompt = schema["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert [item["type"] for item in prompt["anyOf"]] == ["string", "array", "array", "array"]
@@ -176,6 +176,7 @@ def test_operations_have_readable_summaries(idle_server: RunningServer) -> None:
     assert summaries == {
         COMPLETIONS: "Continue a text",
         CHAT: "Answer a conversation",
+        "/v1/streams/{stream_id}": "Go on with a stream",
         "/tokenize": "Text to token ids",
         "/detokenize": "Token ids to text",
         "/v1/models": "List the models",

@@ -70,6 +70,16 @@ def test_beyond_the_bound_openais_rate_limit_error_says_when_to_come_again(
     assert value(small, "queued_requests") == value(small, "queued_tokens") == 0
 
 
+def test_where_all_must_be_refused_nothing_of_a_request_is_read(small: RunningServer, pool: ThreadPoolExecutor) -> None:
+    answers = crowd(small, pool)
+    headers = {"content-type": "application/json"}
+    for path in (COMPLETIONS, CHAT):
+        assert httpx.post(small.url + path, content=b"no JSON", headers=headers).status_code == 429
+    assert httpx.post(f"{small.url}/tokenize", json={"prompt": "x"}).status_code == 200
+    small.engine.is_paused = False
+    assert [answer.result().status_code for answer in answers] == [200] * 4
+
+
 def test_prompts_beyond_the_bound_of_tokens_are_refused(model: Path, pool: ThreadPoolExecutor) -> None:
     with running_server(model, max_num_seqs=1, max_queued_tokens=10) as server:
         server.engine.is_paused = True
