@@ -169,7 +169,12 @@ class AdmissionQueue:
         self.engine.abort(in_engine)
 
     def end(self, request_id: str) -> None:
-        """Stop a sequence that is complete although the engine would go on."""
+        """Stop a sequence that is complete although the engine would go on.
+
+        It may wait here: what came of it before it was withdrawn may be read after it came back.
+        """
+        if self._take_out([request_id])[0]:
+            self._metrics.finished.labels(FinishReason.STOP.value).inc()
         self.engine.end(request_id)
 
     def withdraw(self, request_ids: Iterable[str]) -> dict[str, Request]:

@@ -209,7 +209,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
-        for request_id in self.chosen(data, self.engine.flights)[:1]:
+        for request_id in self.chosen(data, self.open)[:1]:
             del self.open[request_id]
             self.queue.end(request_id)
 
@@ -336,6 +336,21 @@ def test_what_had_begun_goes_before_what_waits_and_is_never_refused() -> None:
     assert list(engine.flights) == ["first-0", "first-1", "first-2"]
     engine.finish("first-0")
     assert "waiting-0" in engine.flights
+
+
+def test_what_is_found_complete_while_it_waits_again_never_comes_to_the_engine() -> None:
+    engine, metrics = Engine(), Metrics()
+    queue = make(engine, metrics)
+    inbox = queue.submit(sequences("cut"), 0.0)
+    engine.emit("cut-0", 3)  # with a stop string, which nobody has read yet
+    back = queue.withdraw(["cut-0"])
+    queue.submit(sequences("crowd", num_choices=3), 0.0)
+    queue.submit(list(back.values()), 0.0, inbox=inbox)
+    queue.end("cut-0")
+    assert queue.num_requests == 1
+    assert value(metrics, "request_success_total", finished_reason="stop") == 1
+    engine.finish("crowd-0")
+    assert list(engine.flights) == ["crowd-1", "crowd-2"]
 
 
 def test_a_prompt_larger_than_the_bound_waits_where_nothing_else_does() -> None:
