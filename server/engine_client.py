@@ -82,6 +82,8 @@ class EngineClient:
         """Raise an `APIError` (503) unless requests are taken."""
         if self._closed_because:
             raise not_ready(self._closed_because)
+        if self.status.state is GroupState.FAILED:
+            raise not_ready(f"The engine failed: {self.status.error}")
         is_recovering = self.status.state is GroupState.RECOVERING and self.was_ready
         if self.status.state is not GroupState.READY and not is_recovering:
             raise not_ready("The model is being loaded; try again in a moment.")
@@ -200,8 +202,8 @@ class EngineClient:
         return had_progress or culprit is not None
 
     def set_status(self, status: GroupStatus) -> None:
-        """Take over what the orchestrator says of the group; limits of the last one hold while the next is started."""
-        if status.state is GroupState.RECOVERING:
+        """Take over what the orchestrator says of the group; limits of the last one hold while there is none."""
+        if status.state is not GroupState.READY:
             before = self.status
             status = replace(status, max_model_len=before.max_model_len, num_kv_blocks=before.num_kv_blocks)
         self.status = status

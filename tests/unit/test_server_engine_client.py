@@ -204,6 +204,17 @@ def test_limits_of_the_last_group_hold_while_there_is_none(tmp_path: Path) -> No
     with_service(tmp_path, story)
 
 
+def test_limits_hold_when_the_group_failed_and_requests_are_told_that_it_has(tmp_path: Path) -> None:
+    async def story(service: Service) -> None:
+        service.client.set_status(GroupStatus(epoch=1, state=GroupState.FAILED, error="no more"))
+        assert service.client.status.max_model_len == 64  # a request that is being read is not measured by 0
+        with pytest.raises(APIError, match="failed: no more") as caught:
+            service.client.submit([request("a")], 0.0)
+        assert caught.value.status == 503
+
+    with_service(tmp_path, story)
+
+
 def test_a_group_that_is_lost_before_any_was_ready_takes_no_requests(tmp_path: Path) -> None:
     async def run() -> None:
         service = Service(tmp_path)
