@@ -76,10 +76,13 @@ class Group:
         self.is_ready = False
 
     def __enter__(self) -> Self:
-        for rank in range(self._world_size):
-            control = Channel(self._context, self._spec.epoch, Hello, Loading, Ready, Started, Failed)
-            control.bind(self._spec.control_endpoint(rank))
-            self._controls.append(control)
+        with contextlib.ExitStack() as failing:
+            failing.callback(self._close_controls)  # one left open would keep this process from ending
+            for rank in range(self._world_size):
+                control = Channel(self._context, self._spec.epoch, Hello, Loading, Ready, Started, Failed)
+                self._controls.append(control)
+                control.bind(self._spec.control_endpoint(rank))
+            failing.pop_all()
         return self
 
     def __exit__(
@@ -88,10 +91,13 @@ class Group:
         """Kill the ranks, and remove what is left of them."""
         if self._ranks is not None:
             self._ranks.kill()
-        for control in self._controls:
-            control.close()
+        self._close_controls()
         epoch = self._spec.epoch
         remove_files(self._spec.run_dir, (f"control-{epoch}-*", f"engine-{epoch}", f"steps-{epoch}-*"))
+
+    def _close_controls(self) -> None:
+        for control in self._controls:
+            control.close()
 
     @property
     def sockets(self) -> "list[zmq.Socket[bytes]]":
