@@ -54,7 +54,7 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Enough waits for the client."""
         super().pause_writing()
-        self._watch(self._num_untaken(), LOOKS)
+        self._watch(self.num_untaken, LOOKS)
 
     def resume_writing(self) -> None:
         """The client has taken most of what waited."""
@@ -175,7 +175,7 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         self._patience = self.loop.call_later(delay, self._look, num_untaken, looks - 1)
 
     def _look(self, num_before: int, looks: int) -> None:
-        num_untaken = self._num_untaken()
+        num_untaken = self.num_untaken
         if num_untaken < num_before:
             self._watch(num_untaken, LOOKS)
         elif looks:
@@ -184,8 +184,9 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
             self.on_slow_client()
             self.abort()
 
-    def _num_untaken(self) -> int:
-        """Return how many bytes wait for the client, here and in the system."""
+    @property
+    def num_untaken(self) -> int:
+        """Bytes that wait for the client, here and in the system."""
         in_system = array("i", (0,))
         fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_system)
         return in_system[0] + self.transport.get_write_buffer_size()

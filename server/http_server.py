@@ -9,9 +9,10 @@ from starlette.types import ASGIApp
 
 from server.config import ServerConfig
 from server.credentials import Credentials
-from server.http_protocol import protocol_of
+from server.http_protocol import BoundedHTTPProtocol, protocol_of
 
 GRACE_SECONDS = 2  # for error events to reach slow clients
+LOOK_SECONDS = 0.05  # between two looks at what clients have taken
 KEEP_ALIVE_SECONDS = 30
 
 
@@ -44,6 +45,12 @@ class HTTPServer(uvicorn.Server):
         self.config.timeout_graceful_shutdown = seconds  # type: ignore[assignment]  # it waits for fractions, too
         self.should_exit = True
         self._stopping.set()
+
+    async def until_taken(self) -> None:
+        """Wait until clients have taken all that was sent to them."""
+        connections = self.server_state.connections
+        while any(isinstance(each, BoundedHTTPProtocol) and each.num_untaken for each in connections):
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def main_loop(self) -> None:
         """Wait for the end; wake up once a second, to set the responses' Date header."""

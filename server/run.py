@@ -21,7 +21,7 @@ from server.config import ServerConfig
 from server.credentials import Credentials
 from server.drain import Drain
 from server.engine_client import EngineClient
-from server.http_server import GRACE_SECONDS, HTTPServer
+from server.http_server import HTTPServer
 from server.launch import EngineProcess
 from server.loading_progress import LoadingProgress
 from server.metrics import Metrics
@@ -116,11 +116,12 @@ async def _drain(
         logger.info("%d requests may take %g s to finish; another signal ends them", drain.num_requests, seconds)
     emptying = asyncio.create_task(drain.until_empty())
     await asyncio.wait((emptying, serving, *ends), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    if emptying.done():  # what is left is with the system, or waits for clients to take it
-        http.stop(max(GRACE_SECONDS, deadline - time.monotonic()))
-        await asyncio.wait((serving, *ends), return_when=asyncio.FIRST_COMPLETED)
-        serving.cancel()
-    emptying.cancel()
+    taking = asyncio.create_task(http.until_taken())
+    if emptying.done():
+        rest = max(0.0, deadline - time.monotonic())
+        await asyncio.wait((taking, serving, *ends), timeout=rest, return_when=asyncio.FIRST_COMPLETED)
+    for task in (emptying, taking):
+        task.cancel()
 
 
 class _StopSignals:

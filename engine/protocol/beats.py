@@ -35,14 +35,15 @@ class Beats:
         self._make(path)
 
     def _make(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(self._descriptor, 0, self._step_at + STEP_BYTES)  # now, not by SIGBUS in a step
-            self._lines = memoryview(mmap.mmap(self._descriptor, self._step_at)).cast("q")
+            os.posix_fallocate(descriptor, 0, self._step_at + STEP_BYTES)  # now, not by SIGBUS in a step
+            self._lines = memoryview(mmap.mmap(descriptor, self._step_at)).cast("q")
         except OSError:
-            self.close()
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
             raise
+        self._path, self._descriptor = path, descriptor
 
     def last(self, rank: int) -> int:
         """Return when a rank last got further, in nanoseconds; 0 if it has nothing to do."""
@@ -62,8 +63,9 @@ class Beats:
         try:
             self._path = self._path.rename(path)
         except FileNotFoundError:  # what cleans /tmp up has found it
-            os.close(self._descriptor)
+            before = self._descriptor
             self._make(path)
+            os.close(before)
         self._lines[:] = memoryview(bytes(self._step_at)).cast("q")
         os.pwrite(self._descriptor, bytes(_LENGTH.size), self._step_at)
 

@@ -114,7 +114,8 @@ def proper(needed: dict[str, Strategy], optional: dict[str, Strategy]) -> Strate
 
 def spoilt(bodies: Strategy, names: set[str]) -> Strategy:
     """Return bodies in which fields, known or not, are anything at all."""
-    wrong = st.dictionaries(st.sampled_from(sorted(names)) | TEXT, JUNK, min_size=1, max_size=2)
+    known = st.dictionaries(st.sampled_from(sorted(names)), JUNK, min_size=4, max_size=7)
+    wrong = known | known | known | st.dictionaries(TEXT, JUNK, min_size=1, max_size=1)
     return st.tuples(bodies, wrong).map(lambda both: {**both[0], **both[1]})
 
 
