@@ -1,4 +1,4 @@
-"""The orchestrator's process, started before anybody knows what it is to run: what ranks are forked from imports torch meanwhile.
+"""The orchestrator's process, started before anybody knows what it is to run: torch is imported below it meanwhile.
 
 Nothing that takes time is imported here.
 """

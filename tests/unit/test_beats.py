@@ -85,6 +85,16 @@ def test_a_file_that_was_cleaned_up_is_made_anew(beats: Beats, tmp_path: Path) -
     assert beats.step() == ["a"]
 
 
+def test_a_folder_that_was_cleaned_up_is_named_and_the_end_is_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with closing(Beats(folder / "beats-1", 3)) as beats:
+        (folder / "beats-1").unlink()
+        folder.rmdir()
+        with pytest.raises(FileNotFoundError, match="beats-2"):
+            beats.pass_on(folder / "beats-2")
+
+
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     Beats(tmp_path / "beats-1", 70).close()
     assert list(tmp_path.iterdir()) == []
