@@ -179,7 +179,9 @@ def _differ(stream: Stream, expected: Stream) -> bool:
 # --- the tests -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["kill", "stop", "wedge"])
+@pytest.mark.parametrize(
+    "how", ["kill", pytest.param("stop", marks=pytest.mark.slow), pytest.param("wedge", marks=pytest.mark.slow)]
+)
 def test_disturbed_ranks_are_a_pause(how: str, tmp_path: Path, tell: Callable[[str], None]) -> None:
     seed = random.SystemRandom().randrange(2**32)
     tell(f"seed {seed}")
