@@ -28,6 +28,7 @@ import httpx
 import torch
 
 from engine.bench.decode_costs import ModelCosts, StepCost
+from engine.bench.figures import aligned
 from engine.bench.limits import LimitMeter
 from engine.protocol.config import QUANTIZATIONS
 from engine.protocol.model_config import ModelConfig
@@ -148,20 +149,15 @@ def compare(
 
 def table(found: list[dict[str, Any]]) -> str:
     """Return it as people read it: medians, with the least and the most."""
-    lines = [
-        "batch   tokens/s                 of the read limit          of max(read, compute)      read before, after"
-    ]
+    lines = [("batch", "tokens/s", "of the read limit", "of max(read, compute)", "read before, after")]
     for row in found:
-        cells = [f"{row['batch']:<8}"]
-        for name, factor, unit, width in (
-            ("tokens_per_second", 1, "", 25), ("read_share", 100, "%", 27), ("roof_share", 100, "%", 27)
-        ):  # fmt: skip
+        cells = [str(row["batch"])]
+        for name, factor, unit in (("tokens_per_second", 1, ""), ("read_share", 100, "%"), ("roof_share", 100, "%")):
             values = [factor * run[name] for run in row["runs"]]
-            text = f"{statistics.median(values):.1f}{unit} ({min(values):.1f} to {max(values):.1f})"
-            cells.append(f"{text:<{width}}")
+            cells.append(f"{statistics.median(values):.1f}{unit} ({min(values):.1f} to {max(values):.1f})")
         pairs = (f"{run['read_rate_before'] / 1e9:.1f}, {run['read_rate_after'] / 1e9:.1f}" for run in row["runs"])
-        lines.append("".join(cells) + "; ".join(pairs) + " GB/s")
-    return "\n".join(lines) + "\n"
+        lines.append((*cells, "; ".join(pairs) + " GB/s"))
+    return "\n".join(aligned(lines)) + "\n"
 
 
 def count(word: str) -> int:

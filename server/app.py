@@ -12,9 +12,11 @@ from server.middleware.access_log import AccessLog
 from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
 from server.middleware.cors import CORS
+from server.middleware.draining import Draining
+from server.middleware.overload import Overload
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
 from server.openapi import API
-from server.routes import chat, completions, docs, health, models, tokenize
+from server.routes import chat, completions, docs, health, models, streams, tokenize
 from server.service import Service
 
 EXPOSED_HEADERS = (REQUEST_ID_HEADER, "retry-after")
@@ -23,9 +25,11 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 
 def create_app(service: Service, config: ServerConfig, credentials: Credentials) -> ASGIApp:
     """Return the application that serves `service`, and all that is around it."""
-    app: ASGIApp = _api(service, is_locked=credentials.api_key is not None)
-    if credentials.api_key is not None:
-        app = APIKeyAuth(app, credentials.api_key)
+    app: ASGIApp = _api(service, is_locked=bool(credentials.keys))
+    app = Overload(app, service.queue)
+    app = Draining(app, service.drain)
+    if credentials.keys:
+        app = APIKeyAuth(app, credentials.keys, service.metrics)
     app = BodyLimit(app, config.max_body_size)
     if config.allowed_origins:  # outside of the others: pages may read errors, and ask without a key what is allowed
         app = CORS(
@@ -44,7 +48,7 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
 def _api(service: Service, *, is_locked: bool) -> FastAPI:
     app = API(version=health.VERSION, is_locked=is_locked)
     app.state.service = service
-    for module in (completions, chat, tokenize, models, health, docs):
+    for module in (completions, chat, streams, tokenize, models, health, docs):
         app.include_router(module.router)
     app.mount(docs.ASSETS_PATH, docs.ASSETS)
     install_error_handlers(app)

@@ -20,7 +20,7 @@ from server.config import ServerConfig
 from server.credentials import Credentials
 from server.early_engine import EarlyEngine
 from server.launch import EngineProcess
-from server.limits import RequestLimits
+from server.limits import QueueLimits, RequestLimits
 from server.listener import listen
 from server.logs import configure_logging
 from server.model_files import ModelFiles
@@ -143,9 +143,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with options (RYZANSTEIN_CONFIG)")
     add_options(parser, "model and engine", engine_options)
-    sources, limits = options_of(ModelSourceConfig), options_of(RequestLimits)
+    sources, queue, limits = options_of(ModelSourceConfig), options_of(QueueLimits), options_of(RequestLimits)
+    own = [item for item in options_of(ServerConfig) if item not in (*sources, *queue, *limits)]
     add_options(parser, "where the model comes from", sources)
-    add_options(parser, "server", [item for item in options_of(ServerConfig) if item not in (*sources, *limits)])
+    add_options(parser, "server", own)
+    add_options(parser, "when more is asked for than can be done at once", queue)
     add_options(parser, "most of a request", limits)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
-from server.limits import RequestLimits
+from server.limits import MAX_TIMEOUT, QueueLimits, RequestLimits
 from server.model_source.config import ModelSourceConfig, is_hub_name
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
@@ -16,7 +16,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig(RequestLimits, ModelSourceConfig):
+class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
     """Where and how the API is served, and what a request may ask for.
 
     Raises:
@@ -39,7 +39,9 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
         "command line: prefer the variable or --api-key-file",
         secret=True,
     )
-    api_key_file: str | None = option(None, "file that holds the API key")
+    api_key_file: str | None = option(
+        None, "file that holds the API key, or a YAML list of several with names and limits: see the guide"
+    )
     ssl_certfile: str | None = option(None, "PEM file of the certificate (with its chain) to serve HTTPS with")
     ssl_keyfile: str | None = option(None, "PEM file of the certificate's key; in --ssl-certfile when left out")
     ssl_keyfile_password: str | None = option(None, "password of an encrypted key", secret=True)
@@ -50,11 +52,22 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
     allowed_headers: tuple[str, ...] = option(ANY, "request headers that those pages may send")
     allow_credentials: bool = option(False, "let those pages send cookies and other credentials of the browser")
     max_body_size: int = option(16 * 2**20, "largest request body", unit="bytes")
+    stream_resume_timeout: float = option(
+        30.0, "seconds that a stream can be gone on with after its connection broke or it ended; 0: not at all"
+    )
+    stream_resume_memory: int = option(
+        64 * 2**20, "most memory of such streams; those that nobody has read for longest go first", unit="bytes"
+    )
+    slow_client_timeout: float = option(60.0, "seconds after which a client that takes nothing is disconnected")
+    drain_timeout: float = option(
+        30.0, "seconds that requests have to finish after SIGTERM or Ctrl-C; 0: they end at once"
+    )
     access_log: bool = option(True, "write one line for each request, without its body")
     log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         RequestLimits.__post_init__(self)
+        QueueLimits.__post_init__(self)
         ModelSourceConfig.__post_init__(self)
         self._check_choices()
         if not 0 <= self.port <= 65535:
@@ -67,6 +80,7 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
             raise ValueError(f"--max-body-size must be between 1 and 2**40 bytes, not {self.max_body_size}")
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("--api-key and --api-key-file both hold the key: give one of them")
+        self._check_times()
         self._check_tls()
         self._check_cors()
 
@@ -75,6 +89,17 @@ class ServerConfig(RequestLimits, ModelSourceConfig):
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{item.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
+
+    def _check_times(self) -> None:
+        for name, least in (("stream_resume_timeout", 0), ("slow_client_timeout", 0.1), ("drain_timeout", 0)):
+            value = getattr(self, name)
+            if not least <= value <= MAX_TIMEOUT:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be between {least} and {MAX_TIMEOUT} seconds, not {value:g}")
+        if not 1 <= self.stream_resume_memory < 2**48:
+            raise ValueError(
+                f"--stream-resume-memory must be between 1 and 2**48 bytes, not {self.stream_resume_memory}"
+            )
 
     def _check_tls(self) -> None:
         if self.ssl_cert_reqs not in (0, 1, 2):

@@ -1,20 +1,18 @@
-"""The API key and the TLS certificate, read before anything is started: a wrong file is found at once."""
+"""The API keys and the TLS certificate, read before anything is started: a wrong file is found at once."""
 
-import re
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from server.api_keys import APIKey, parse_key, parse_keys
 from server.config import ServerConfig
-
-_VISIBLE_ASCII = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
 class Credentials:
     """What callers must show the service, and what it shows them. Stays in this process."""
 
-    api_key: str | None = field(default=None, repr=False)
+    keys: tuple[APIKey, ...] = ()  # none: nobody is asked for one
     tls: ssl.SSLContext | None = None
 
     @classmethod
@@ -24,20 +22,21 @@ class Credentials:
         Raises:
             ValueError: naming the option whose key or file cannot be used.
         """
-        return cls(_api_key(config), _tls_context(config))
+        return cls(_api_keys(config), _tls_context(config))
 
 
-def _api_key(config: ServerConfig) -> str | None:
-    if config.api_key_file is None:
-        name, key = "--api-key", config.api_key
-    else:
+def _api_keys(config: ServerConfig) -> tuple[APIKey, ...]:
+    if config.api_key_file is not None:
         name = f"--api-key-file {config.api_key_file}"
-        key = _read(name, config.api_key_file).removesuffix("\n").removesuffix("\r")
-    if key == "":
-        raise ValueError(f"{name}: is empty")
-    if key is not None and not _VISIBLE_ASCII.fullmatch(key):
-        raise ValueError(f"{name}: must be one word of visible ASCII characters, since clients can send no others")
-    return key
+        text = _read(name, config.api_key_file)
+    elif config.api_key is not None:
+        name, text = "--api-key", config.api_key
+    else:
+        return ()
+    try:
+        return parse_key(text) if config.api_key_file is None else parse_keys(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:

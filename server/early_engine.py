@@ -1,4 +1,4 @@
-"""The orchestrator's process, started before anybody knows what it is to run: its first rank imports torch meanwhile.
+"""The orchestrator's process, started before anybody knows what it is to run: torch is imported below it meanwhile.
 
 Nothing that takes time is imported here.
 """
@@ -38,7 +38,7 @@ class EarlyEngine:
         return self._process
 
     def stop(self) -> None:
-        """End it and its rank at once, if it was told nothing: there is nothing yet that wants an orderly end."""
+        """End it and all below it at once, if it was told nothing: there is nothing yet that wants an orderly end."""
         if self._is_told:
             return
         with contextlib.suppress(ProcessLookupError):

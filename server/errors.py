@@ -15,16 +15,29 @@ from server.logs import REQUEST_ID
 INVALID_REQUEST = "invalid_request_error"
 INTERNAL = "internal_error"
 UNAVAILABLE = "service_unavailable"
+RATE_LIMIT = "rate_limit_error"
+TIMEOUT = "timeout"
 
 
 class APIError(Exception):
-    """Ends a request with an HTTP status and a message for the person who sent it."""
+    """Ends a request with an HTTP status and a message for the person who sent it.
+
+    `retry_after`: in how many seconds it may be sent again.
+    """
 
     def __init__(
-        self, message: str, *, status: int = 400, type: str = INVALID_REQUEST, param: str | None = None, code: str = ""
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str = "",
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.status, self.type, self.param, self.code = message, status, type, param, code or None
+        self.retry_after = 1 if retry_after is None and status == HTTPStatus.SERVICE_UNAVAILABLE else retry_after
 
     def body(self) -> bytes:
         """Return the JSON that a client sees."""
@@ -34,7 +47,7 @@ class APIError(Exception):
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """Return this error as an HTTP response."""
-        extra = {"retry-after": "1"} if self.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+        extra = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         return Response(self.body(), self.status, {**extra, **(headers or {})}, "application/json")
 
 
@@ -46,6 +59,16 @@ def not_ready(message: str) -> APIError:
 def engine_failed(message: str) -> APIError:
     """Return the error for a request that the engine could not finish."""
     return APIError(message, status=500, type=INTERNAL, code="engine_error")
+
+
+def too_many(message: str, code: str, retry_after: int) -> APIError:
+    """Return the error for a request that exceeds what the service, or its key, has room for at present."""
+    return APIError(message, status=429, type=RATE_LIMIT, code=code, retry_after=retry_after)
+
+
+def timed_out(seconds: float) -> APIError:
+    """Return the error for a request that was not finished within `seconds`."""
+    return APIError(f"The request was not finished within {seconds:g} seconds.", status=504, type=TIMEOUT, code=TIMEOUT)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -1,14 +1,13 @@
 """One API request's sequences on their way: token outputs in, pieces of text out."""
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from engine.protocol.messages import Request, SamplingParams, TokenLogprobs, TokenOutput
+from server.admission import AdmissionInbox, AdmissionQueue
 from server.choice import Choice, Delta, Reason, TextOptions
-from server.engine_client import EngineClient
 from server.errors import APIError
 from server.text.token_bytes import TokenBytes
 from server.transcript import LogprobEntry
@@ -25,6 +24,8 @@ class GenerationPlan:
     num_choices: int  # … of which so many are wanted: the likeliest
     text: TextOptions
     arrival: float  # of the API request, by `time.perf_counter`
+    key: str  # name of the API key that it came with
+    deadline: float | None  # when it ends with an error if it has not ended before, by the same clock
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,33 @@ class Completion:
 
 
 class Generation:
-    """All choices of one API request, numbered prompt by prompt."""
+    """All choices of one API request, numbered prompt by prompt.
 
-    def __init__(self, engine: EngineClient, token_bytes: TokenBytes, plan: GenerationPlan) -> None:
-        self._engine = engine
+    `submit` sends it to the engine and `next` returns what came, until `has_ended`. `withdraw` takes it back, and
+    another `submit` goes on where it was: nothing is lost, nothing comes twice. `abort` ends it wherever it is.
+    """
+
+    def __init__(self, queue: AdmissionQueue, token_bytes: TokenBytes, plan: GenerationPlan) -> None:
+        self._queue = queue
         self._plan = plan
-        self._requests = _requests(plan)
+        self._waiting: Sequence[Request] = _requests(plan)  # not with the engine: not yet, or not now
+        self._inbox: AdmissionInbox | None = None
+        self._failure: APIError | None = None
         self._open = {
             request.request_id: Choice(index, request, plan.text, token_bytes)
-            for index, request in enumerate(self._requests)
+            for index, request in enumerate(self._waiting)
         }
         self.choices: Sequence[Choice] = tuple(self._open.values())
+
+    @property
+    def response_id(self) -> str:
+        """The id that the answer carries."""
+        return self._plan.response_id
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every choice has finished."""
+        return not self._open
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -69,27 +86,60 @@ class Generation:
         """Tokens generated so far, stop tokens included."""
         return sum(choice.num_tokens for choice in self.choices)
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """Submit the request and yield what arrived, until every choice has finished.
-
-        However this ends, what the engine has not finished then is aborted. What arrived before an error is yielded
-        before it is raised.
+    def submit(self) -> None:
+        """Send what is not with the engine.
 
         Raises:
-            APIError: when the engine takes no requests, or could not finish one.
+            APIError: when it takes no requests, or the deadline has passed.
         """
-        inbox = self._engine.submit(self._requests, self._plan.arrival)
-        try:
-            while self._open:
-                deltas, error = self._feed_until_error(await inbox.take())
-                if deltas:
-                    yield deltas
-                if error is not None:
-                    raise error
-        finally:
-            self._engine.abort(self._open)
+        if self._waiting:
+            plan = self._plan
+            self._inbox = self._queue.submit(self._waiting, plan.arrival, plan.key, plan.deadline, self._inbox)
+            self._waiting = ()
 
-    def _feed_until_error(self, outputs: Iterable[TokenOutput]) -> tuple[list[Delta], APIError | None]:
+    async def next(self) -> list[Delta]:
+        """Wait for something to come, and return all there is. What comes before an error is returned before it.
+
+        Raises:
+            APIError: when the engine could not finish the request.
+        """
+        assert self._inbox is not None
+        if self._failure is None:
+            deltas = self._feed_all(await self._inbox.take())
+            if deltas or self._failure is None:
+                return deltas
+        raise self._failure
+
+    def withdraw(self) -> None:
+        """Take what has not finished back from the engine; what had come until now is the first that `next` returns."""
+        self._waiting = (*self._waiting, *self._queue.withdraw(self._open).values())
+
+    def abort(self) -> None:
+        """End what has not finished."""
+        self._queue.abort(self._open)
+        if self._inbox is not None:
+            self._queue.forget([request.request_id for request in self._waiting])
+        self._waiting = ()
+        self._open.clear()
+
+    async def collect(self) -> list[Completion]:
+        """Submit the request and return the whole of every choice that is wanted.
+
+        Raises:
+            APIError: see `submit` and `next`.
+        """
+        parts: list[list[Delta]] = [[] for _ in self.choices]
+        try:
+            self.submit()
+            while not self.has_ended:
+                for delta in await self.next():
+                    parts[delta.index].append(delta)
+        finally:
+            self.abort()
+        return [self._join(index, choice, parts[choice.index]) for index, choice in enumerate(self._best())]
+
+    def _feed_all(self, outputs: Iterable[TokenOutput]) -> list[Delta]:
+        """Return what `outputs` add, up to the first error, which is kept."""
         deltas: list[Delta] = []
         for output in outputs:
             if output.request_id not in self._open:
@@ -97,28 +147,16 @@ class Generation:
             try:
                 deltas.append(self._feed(output))
             except APIError as error:
-                return deltas, error
-        return deltas, None
+                self._failure = error
+                break
+        return deltas
 
     def _feed(self, output: TokenOutput) -> Delta:
         delta = self._open[output.request_id].feed(output)
         if delta.finish_reason is not None:
             del self._open[output.request_id]
-            self._engine.end(output.request_id)  # it goes on where only a stop string ended it
+            self._queue.end(output.request_id)  # it goes on where only a stop string ended it
         return delta
-
-    async def collect(self) -> list[Completion]:
-        """Return the whole of every choice that is wanted.
-
-        Raises:
-            APIError: see `deltas`.
-        """
-        parts: list[list[Delta]] = [[] for _ in self.choices]
-        async with aclosing(self.deltas()) as arriving:
-            async for deltas in arriving:
-                for delta in deltas:
-                    parts[delta.index].append(delta)
-        return [self._join(index, choice, parts[choice.index]) for index, choice in enumerate(self._best())]
 
     def _best(self) -> Iterable[Choice]:
         """Return each prompt's likeliest choices, the likeliest first; all in their order where all are wanted."""

@@ -1,8 +1,15 @@
-"""Bounds that uvicorn leaves to a proxy: how long a request's header may be, and how long it may take to arrive."""
+"""Bounds that uvicorn leaves to a proxy: how long a request's header may be, and how long a client may take.
+
+That is for a request to arrive, and for an answer to be taken.
+"""
 
 import asyncio
+import fcntl
 import logging
+import termios
 import uuid
+from array import array
+from collections.abc import Callable
 from http import HTTPStatus
 
 import httptools
@@ -14,12 +21,19 @@ from server.middleware.request_id import REQUEST_ID_HEADER
 LOGGER = logging.getLogger("ryzanstein.access")
 MAX_HEADER_SIZE = 64 * 1024  # request line and header fields; trailers; what comes before a chunk
 ARRIVAL_SECONDS = 60.0  # for a whole request, from its first byte
+LOOKS = 4  # at a client that takes nothing, before its time is up
 
 
 class BoundedHTTPProtocol(HttpToolsProtocol):
-    """One connection. What breaks HTTP or a bound is answered in OpenAI's shape, and the connection closed."""
+    """One connection. What breaks HTTP or a bound is answered in OpenAI's shape, and the connection closed.
+
+    Requests find it as `connection` in their scope's state.
+    """
 
     arrival_seconds = ARRIVAL_SECONDS
+    slow_client_timeout: float  # seconds without a byte taken, after which the connection is closed …
+    on_slow_client: Callable[[], object]  # … and this is called
+    _patience: asyncio.TimerHandle | None = None
     _arrival: asyncio.TimerHandle | None = None
     _header_size = 0  # of this request's line, header fields and trailers
     _is_header_complete = False
@@ -35,6 +49,30 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._end_arrival()
+        self._end_patience()
+
+    def pause_writing(self) -> None:
+        """Enough waits for the client."""
+        super().pause_writing()
+        self._watch(self.num_untaken, LOOKS)
+
+    def resume_writing(self) -> None:
+        """The client has taken most of what waited."""
+        super().resume_writing()
+        self._end_patience()
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether there is room for what is to be sent."""
+        return not self.flow.write_paused
+
+    async def until_writable(self) -> None:
+        """Wait until there is room, or the connection lost."""
+        await self.flow.drain()
+
+    def abort(self) -> None:
+        """Close the connection at once, whatever waits for the client."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes, of a request or of several."""
@@ -49,6 +87,7 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         """Take the first byte of a request, which may share a packet with the end of another."""
         super().on_message_begin()
         self._header_size, self._is_header_complete = 0, False
+        self.scope["state"]["connection"] = self
         self._begin_arrival()
 
     def on_url(self, url: bytes) -> None:
@@ -130,6 +169,33 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
             self._arrival.cancel()
             self._arrival = None
 
+    def _watch(self, num_untaken: int, looks: int) -> None:
+        """Look again and again whether the client takes something of what waits for it."""
+        delay = self.slow_client_timeout / LOOKS
+        self._patience = self.loop.call_later(delay, self._look, num_untaken, looks - 1)
+
+    def _look(self, num_before: int, looks: int) -> None:
+        num_untaken = self.num_untaken
+        if num_untaken < num_before:
+            self._watch(num_untaken, LOOKS)
+        elif looks:
+            self._watch(num_before, looks)
+        else:
+            self.on_slow_client()
+            self.abort()
+
+    @property
+    def num_untaken(self) -> int:
+        """Bytes that wait for the client, here and in the system."""
+        in_system = array("i", (0,))
+        fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_system)
+        return in_system[0] + self.transport.get_write_buffer_size()
+
+    def _end_patience(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
     def _latest(self) -> RequestResponseCycle | None:
         return self.cycle  # None before the first request, whatever its annotation says
 
@@ -160,3 +226,14 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
             )
             self.transport.write(header.encode() + body)
         self.transport.close()
+
+
+def protocol_of(slow_client_timeout: float, on_slow_client: Callable[[], object]) -> type[BoundedHTTPProtocol]:
+    """Return the class of a server's connections.
+
+    Args:
+        slow_client_timeout: seconds without a byte taken after which a client is disconnected.
+        on_slow_client: is called then.
+    """
+    members = {"slow_client_timeout": slow_client_timeout, "on_slow_client": staticmethod(on_slow_client)}
+    return type("HTTPProtocol", (BoundedHTTPProtocol,), members)

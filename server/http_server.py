@@ -2,28 +2,32 @@
 
 import asyncio
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from server.config import ServerConfig
 from server.credentials import Credentials
-from server.http_protocol import BoundedHTTPProtocol
+from server.http_protocol import BoundedHTTPProtocol, protocol_of
 
 GRACE_SECONDS = 2  # for error events to reach slow clients
+LOOK_SECONDS = 0.05  # between two looks at what clients have taken
 KEEP_ALIVE_SECONDS = 30
 
 
 class HTTPServer(uvicorn.Server):
     """Leaves signals to us, since an end has more parts than the HTTP server's, and sleeps longer while it is idle."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, credentials: Credentials) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, credentials: Credentials, on_slow_client: Callable[[], object]
+    ) -> None:
+        """Prepare the server; `on_slow_client` is called for each client that is cut off since it takes nothing."""
         tls = credentials.tls
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedHTTPProtocol,
+                http=protocol_of(config.slow_client_timeout, on_slow_client),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -32,15 +36,21 @@ class HTTPServer(uvicorn.Server):
                 root_path=config.root_path,
                 ssl_context_factory=None if tls is None else lambda _, __: tls,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )
         self._stopping = asyncio.Event()
 
-    def stop(self) -> None:
-        """Take no more connections, and end when the open ones have."""
+    def stop(self, seconds: float = GRACE_SECONDS) -> None:
+        """Take no more connections, and end when the open ones have, or after so many seconds."""
+        self.config.timeout_graceful_shutdown = seconds  # type: ignore[assignment]  # it waits for fractions, too
         self.should_exit = True
         self._stopping.set()
+
+    async def until_taken(self) -> None:
+        """Wait until clients have taken all that was sent to them."""
+        connections = self.server_state.connections
+        while any(isinstance(each, BoundedHTTPProtocol) and each.num_untaken for each in connections):
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def main_loop(self) -> None:
         """Wait for the end; wake up once a second, to set the responses' Date header."""

@@ -12,6 +12,29 @@ INT64 = 2**63  # the first whole number that is too large
 # Of lists and objects whose members are looked at one by one, on the event loop: their number is looked at before.
 MAX_ITEMS = 2**16
 MAX_TOKEN_IDS = 2**22  # more than any context has, and looked at faster
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 10**6  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueLimits:
+    """How much may wait for the engine, and how long.
+
+    Raises:
+        ValueError: naming the option, when a value is out of range.
+    """
+
+    max_queued_requests: int = option(1024, "most requests that wait for the engine; more are refused with 429")
+    max_queued_tokens: int = option(2**22, "most tokens of the prompts that wait; more are refused with 429")
+    request_timeout: float | None = option(
+        None, "seconds after which a request ends with 504; requests may ask for less (timeout); no end when left out"
+    )
+
+    def __post_init__(self) -> None:
+        most_of = {"max_queued_requests": 10**6, "max_queued_tokens": 10**9, "request_timeout": MAX_TIMEOUT}
+        for name, most in most_of.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be between 1 and {most}, not {value:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

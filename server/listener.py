@@ -3,6 +3,7 @@
 import errno
 import socket
 
+MOST_UNSENT = 1 << 16  # bytes of a connection that the system takes before the client takes those before them
 PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)  # of any other the address is the cause
 
 
@@ -23,6 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise _cannot_listen(host, port, error) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT)  # connections inherit it
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:

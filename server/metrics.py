@@ -34,7 +34,15 @@ QUEUE_BUCKETS = (
 REQUEST_BUCKETS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
 )  # fmt: skip
+RECOVERY_BUCKETS = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
 ABORT = "abort"  # beside the engine's own reasons
+FIRST_TOKEN = "first_token"  # beside the orchestrator's own phases
+RECOVERY_KINDS = ("died", "hung", "failed", "orchestrator", "link")
+RECOVERY_PHASES = ("kill", "respawn", "load", FIRST_TOKEN)
+QUEUE_FULL, RATE_LIMITED, CONCURRENCY_LIMITED = "queue_full", "rate_limit_exceeded", "concurrency_limit_exceeded"
+REJECTIONS = (QUEUE_FULL, RATE_LIMITED, CONCURRENCY_LIMITED)  # also the codes of the errors
 FINISH_REASONS = (*(reason.value for reason in FinishReason), ABORT)
 
 
@@ -93,7 +101,7 @@ class Metrics:
         self.queue_time = self._histogram(
             "request_queue_time_seconds", "From arrival at the engine to the first step.", QUEUE_BUCKETS
         )
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that the engine has begun.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.finished = Counter(
             "ryzanstein_request_success",
@@ -103,6 +111,28 @@ class Metrics:
         )
         for reason in FINISH_REASONS:  # a rate needs the zero before the first end
             self.finished.labels(reason)
+        self.admission_time = self._histogram(
+            "request_admission_time_seconds", "A prompt's wait in the server, before the engine's.", QUEUE_BUCKETS
+        )
+        self.queued_requests = self._gauge("queued_requests", "Requests that wait in the server's queue.")
+        self.queued_tokens = self._gauge("queued_tokens", "Prompt tokens of those.")
+        self.rejected = self._labelled(
+            "requests_rejected", f"Requests answered with 429, by reason: {', '.join(REJECTIONS)}.", "reason"
+        )
+        for reason in REJECTIONS:
+            self.rejected.labels(reason)
+        self.timed_out = self._counter("requests_timed_out", "Requests that their deadline ended.")
+        self.key_requests = self._labelled("key_requests", "Accepted requests, by the API key's name.", "key")
+        self.key_prompt_tokens = self._labelled("key_prompt_tokens", "Prompt tokens of those.", "key")
+        self.key_generation_tokens = self._labelled("key_generation_tokens", "Tokens generated for those.", "key")
+        self.slow_clients = self._counter(
+            "slow_client_disconnects", "Connections closed since their client took nothing for --slow-client-timeout."
+        )
+        self.stream_resumptions = self._counter("stream_resumptions", "Times that a client came back to its stream.")
+        self.streams_kept = self._gauge("streams_kept", "Streams that no client reads, and that one may come back to.")
+        self.streams_kept_bytes = self._gauge(
+            "streams_kept_bytes", "About the memory of these, and of the streams that are read."
+        )
         self._preemptions = self._counter("num_preemptions", "Sequences whose KV blocks were taken away for others.")
         self._steps = self._counter("engine_steps", "Steps of the engine.")
         self._checks = self._counter("integrity_checks", "Times the idle engine found its block bookkeeping whole.")
@@ -116,6 +146,29 @@ class Metrics:
         self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.")
         self._ready = self._gauge("engine_ready", "1 while the engine takes requests.")
         self._epoch = self._gauge("engine_epoch", "Epoch of the rank group; each restart begins a new one.")
+        self._state = Gauge(
+            "ryzanstein_engine_state",
+            f"1 for the state that the rank group is in: {', '.join(GroupState)}.",
+            ("state",),
+            registry=self.registry,
+        )
+        self.recoveries = Counter(
+            "ryzanstein_recoveries",
+            f"Rank groups that were lost after the first start began, by cause: {', '.join(RECOVERY_KINDS)}.",
+            ("cause",),
+            registry=self.registry,
+        )
+        for kind in RECOVERY_KINDS:
+            self.recoveries.labels(kind)
+        self.recovery_seconds = Histogram(
+            "ryzanstein_recovery_seconds",
+            f"Time that a recovery took, by phase: {', '.join(RECOVERY_PHASES)}; the last since the ranks were ready.",
+            ("phase",),
+            buckets=RECOVERY_BUCKETS,
+            registry=self.registry,
+        )
+        for phase in RECOVERY_PHASES:
+            self.recovery_seconds.labels(phase)
         self._weights_loaded = self._gauge(
             "weights_loaded_ratio", "Share of the weights that has been loaded; 1 once the engine is ready."
         )
@@ -128,6 +181,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"ryzanstein_{name}", text, registry=self.registry)
+
+    def _labelled(self, name: str, text: str, label: str) -> Counter:
+        return Counter(f"ryzanstein_{name}", text, (label,), registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"ryzanstein_{name}", text, registry=self.registry)
@@ -142,6 +198,8 @@ class Metrics:
         ready = status.state is GroupState.READY
         self._ready.set(ready)
         self._epoch.set(status.epoch)
+        for state in GroupState:
+            self._state.labels(state.value).set(state is status.state)
         if status.state is not GroupState.FAILED:
             self._weights_loaded.set(_loaded_ratio(status))
         if ready:

@@ -10,6 +10,7 @@ from server.middleware.auth import is_open
 DESCRIPTION = "OpenAI-compatible API. Every field works, or is refused with an error that names it."
 ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 UNAUTHORIZED = {"description": "The API key is missing or wrong.", "content": ERROR_CONTENT}
+TOO_MANY = {"description": "The API key is used as much as it may be; try again later.", "content": ERROR_CONTENT}
 TOO_LARGE = {"description": "The body is larger than is allowed.", "content": ERROR_CONTENT}
 KEY = "API key"
 
@@ -38,6 +39,7 @@ class API(FastAPI):
                     operation["responses"]["413"] = TOO_LARGE
                 if self._is_locked and not is_open(path):
                     operation["responses"]["401"] = UNAUTHORIZED
+                    operation["responses"].setdefault("429", TOO_MANY)
                     operation["security"] = [{KEY: []}]
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)

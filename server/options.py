@@ -71,6 +71,8 @@ class Option:
             return format_bytes(default)
         if self.type is tuple:
             return ",".join(default)
+        if self.type is float and default is not None:
+            return f"{default:g}"
         return "" if default is None else str(default)
 
 
@@ -125,6 +127,14 @@ def _parse_whole_number(value: object) -> int:
     raise ValueError(f"must be a whole number, not {value!r}")
 
 
+def _parse_number(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_text_of_one = isinstance(value, str) and re.fullmatch(r"\s*[+-]?(\d{1,100}\.?\d{0,100}|\.\d{1,100})\s*", value)
+    if is_number or is_text_of_one:
+        return float(str(value))
+    raise ValueError(f"must be a number, not {value!r}")
+
+
 def _parse_switch(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -146,9 +156,10 @@ _PARSERS: Mapping[type, Callable[[object], object]] = {
     str: _parse_text,
     tuple: _parse_list,
     int: _parse_whole_number,
+    float: _parse_number,
     bool: _parse_switch,
 }
-_METAVARS: Mapping[type, str] = {str: "TEXT", tuple: "TEXT,TEXT", int: "N"}
+_METAVARS: Mapping[type, str] = {str: "TEXT", tuple: "TEXT,TEXT", int: "N", float: "NUMBER"}
 
 
 def add_options(
@@ -230,31 +241,32 @@ def from_file(path: str, options: Iterable[Option]) -> dict[str, Value]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key may appear once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return what a mapping holds."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise _DuplicateKeyError(f"{key} is written twice")
+                raise DuplicateKeyError(f"{key} is written twice")
         return super().construct_mapping(node, deep)
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class DuplicateKeyError(ValueError):
+    """A key appears twice."""
 
 
 def _read_mapping(path: str) -> dict[object, object]:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path}: not UTF-8 text") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
-    except _DuplicateKeyError as error:
+    except DuplicateKeyError as error:
         raise ValueError(f"--config {path}: {error}") from error
     if content is None:
         return {}

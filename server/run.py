@@ -2,18 +2,24 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import uvloop
 import zmq.asyncio
 
 from engine.protocol.affinity import keep_process_on
 from engine.protocol.messages import GroupStatus
+from server.admission import AdmissionQueue
 from server.app import create_app
 from server.banner import banner, listening_url
 from server.config import ServerConfig
 from server.credentials import Credentials
+from server.drain import Drain
 from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.launch import EngineProcess
@@ -22,8 +28,11 @@ from server.metrics import Metrics
 from server.model_source.sharded_weights import ShardedWeights
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal
+from server.streams import StreamStore
 from server.supervisor import Supervisor
 from server.threads import in_daemon_thread
+
+logger = logging.getLogger(__name__)
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 STOPPING = "The server is shutting down."
@@ -50,31 +59,40 @@ async def _serve(
     config: ServerConfig,
     credentials: Credentials,
 ) -> int:
-    stopping = asyncio.create_task(_stop_signal())
+    stop = _StopSignals()
+    stopping = asyncio.create_task(stop.first.wait())
+    hurrying = asyncio.create_task(stop.second.wait())
     context = zmq.asyncio.Context()
     metrics = Metrics()
     client = EngineClient(context, metrics)
+    queue = AdmissionQueue(client, metrics, config, process.spec.engine.max_num_seqs)
     ready = asyncio.Event()
     loading = LoadingProgress(sys.stderr)
+    url = listening_url(listener, "http" if credentials.tls is None else "https")
 
     def announce(status: GroupStatus) -> None:
         ready.set()
         keep_process_on(status.service_cpus)
-        url = listening_url(listener, "http" if credentials.tls is None else "https")
+        if stop.first.is_set():  # nobody is to send anything any more
+            return
         sys.stderr.write(banner(status, process.spec, model.name, url) + "\n")
         weights.start_writing()
 
-    app = create_app(Service(model, client, metrics, config), config, credentials)
-    http = HTTPServer(app, config, credentials)
+    streams = StreamStore(config.stream_resume_timeout, config.stream_resume_memory, metrics)
+    service = Service(model, queue, metrics, config, streams)
+    http = HTTPServer(create_app(service, config, credentials), config, credentials, metrics.slow_clients.inc)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
     try:
         await asyncio.wait((serving, supervising, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            await _drain(service.drain, http, config.drain_timeout, serving, (supervising, hurrying))
         failure = supervising.result() if supervising.done() else None
-        await client.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
+        await queue.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
     finally:
         loading.close()
-        supervising.cancel()
+        for task in (supervising, hurrying):
+            task.cancel()
         http.stop()
         await asyncio.gather(serving, supervising, in_daemon_thread(process.stop), return_exceptions=True)
         context.destroy(linger=0)
@@ -88,16 +106,39 @@ async def _serve(
     return EXIT_STOPPED
 
 
-async def _stop_signal() -> None:
-    """Wait for SIGTERM or SIGINT. Later ones change nothing: the end is under way."""
-    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+async def _drain(
+    drain: Drain, http: HTTPServer, seconds: float, serving: "asyncio.Task[None]", ends: Iterable["asyncio.Task[Any]"]
+) -> None:
+    """Let the requests in progress finish, for so many seconds or until one of `ends` is done; refuse new ones."""
+    drain.begin()
+    deadline = time.monotonic() + seconds
+    if drain.num_requests:
+        logger.info("%d requests may take %g s to finish; another signal ends them", drain.num_requests, seconds)
+    emptying = asyncio.create_task(drain.until_empty())
+    await asyncio.wait((emptying, serving, *ends), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    taking = asyncio.create_task(http.until_taken())
+    if emptying.done():
+        rest = max(0.0, deadline - time.monotonic())
+        await asyncio.wait((taking, serving, *ends), timeout=rest, return_when=asyncio.FIRST_COMPLETED)
+    for task in (emptying, taking):
+        task.cancel()
 
-    def tell() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
-            loop.call_soon_threadsafe(arrived.set)
 
-    if are_stop_signals_ignored():  # one came where nothing can be raised, such as in a finalizer
-        return
-    # Not the loop's own handlers: between their end and the process's a signal would kill it.
-    on_stop_signal(tell)
-    await arrived.wait()
+class _StopSignals:
+    """SIGTERM and SIGINT: the first asks for an end, the second for it at once. Later ones change nothing."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        if not are_stop_signals_ignored():  # one came where nothing can be raised, such as in a finalizer
+            # Not the loop's own handlers: between their end and the process's a signal would kill it.
+            on_stop_signal(self._tell(self.first), self._tell(self.second))
+        else:
+            self.first.set()
+
+    def _tell(self, event: asyncio.Event) -> Callable[[], None]:
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+                self._loop.call_soon_threadsafe(event.set)
+
+        return tell

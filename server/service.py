@@ -12,20 +12,23 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from engine.protocol.model_config import ModelConfig
+from server.admission import AdmissionQueue
 from server.api.checks import check_limits, check_prompts, check_vocabulary
+from server.api.chunks import ChunkEncoder
 from server.api.fields import shown
 from server.api.logprobs import LogprobFormat
 from server.api.requests import GenerationRequest
 from server.api.responses import PromptLogprobs
 from server.choice import TextOptions
 from server.config import ServerConfig
+from server.drain import Drain
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Completion, Generation, GenerationPlan
-from server.limits import RequestLimits
 from server.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
+from server.streams import Stream, StreamStore
 from server.text.chat_template import ChatTemplate
 from server.text.token_bytes import TokenBytes
 from server.text.tokenizer import Tokenizer
@@ -93,10 +96,17 @@ class Service:
     """The model, and the engine that runs it."""
 
     model: TextModel
-    engine: EngineClient
+    queue: AdmissionQueue
     metrics: Metrics
-    limits: RequestLimits
+    limits: ServerConfig
+    streams: StreamStore
+    drain: Drain = field(default_factory=Drain)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_WORK))
+
+    @property
+    def engine(self) -> EngineClient:
+        """The link to the engine, behind the queue."""
+        return self.queue.engine
 
     @property
     def max_model_len(self) -> int:
@@ -111,7 +121,6 @@ class Service:
 
     def check(self, body: GenerationRequest) -> None:
         """Raise an `APIError` when `body` cannot be served whatever the tokens of its prompts are."""
-        self.engine.require_ready()
         self.check_model(body.model)
         check_limits(body, self.limits)
         check_vocabulary(body, self.model.vocab_size)
@@ -161,6 +170,7 @@ class Service:
         prompts: Prompts,
         max_tokens: int | None,
         arrival: float,
+        key: str,
     ) -> Generation:
         """Return the generation that `body` asks for, not yet submitted.
 
@@ -170,6 +180,7 @@ class Service:
             prompts: its prompts.
             max_tokens: how many tokens to generate where the request does not say; None: as many as fit.
             arrival: when it came, by `time.perf_counter`.
+            key: name of the API key that it came with.
 
         Raises:
             APIError: naming the field, when the request cannot be served.
@@ -190,8 +201,14 @@ class Service:
             num_choices=body.num_choices,
             text=_text_options(body, scores_only=limit == 0),
             arrival=arrival,
+            key=key,
+            deadline=self._deadline(body, arrival),
         )
-        return Generation(self.engine, self._spelling(body), plan)
+        return Generation(self.queue, self._spelling(body), plan)
+
+    def stream(self, body: GenerationRequest, generation: Generation, encoder: ChunkEncoder, key: str) -> Stream:
+        """Return `generation` as a stream of chunks, which only `key` may read."""
+        return Stream(self.streams, generation, encoder, include_usage=body.include_usage, owner=key)
 
     def check_ids(self, prompts: Prompts) -> None:
         """Raise an `APIError` when a prompt has no tokens, or one that the model does not know."""
@@ -206,6 +223,11 @@ class Service:
         if body.prompt_logprobs is None:
             return None
         return self.logprob_format(body.prompt_logprobs).prompt(completion.prompt_logprobs)
+
+    def _deadline(self, body: GenerationRequest, arrival: float) -> float | None:
+        """Return when `body` is too late, by the clock of `arrival`."""
+        limits = [seconds for seconds in (body.timeout, self.limits.request_timeout) if seconds is not None]
+        return arrival + min(limits) if limits else None
 
     def _spelling(self, body: GenerationRequest) -> TokenBytes:
         tokenizer = self.model.tokenizer

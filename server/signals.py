@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one stops the service, later ones change nothing."""
+"""SIGTERM and SIGINT: the first one stops the service, the second hurries it where it takes its time."""
 
 import contextlib
 import signal
@@ -17,13 +17,18 @@ class StopRequested(KeyboardInterrupt):
     """
 
 
-def on_stop_signal(action: Callable[[], object]) -> None:
-    """Call `action` at the first SIGTERM or SIGINT, and ignore those that follow."""
+def on_stop_signal(*actions: Callable[[], object]) -> None:
+    """Call the first action at the first SIGTERM or SIGINT, the next at the next, and ignore those that follow."""
+    remaining = list(actions)
 
     def handle(_: int, __: FrameType | None) -> None:
-        # Not SIG_IGN yet: Python writes an error for a signal that has arrived and that nobody handles any more.
-        for number in STOP_SIGNALS:
-            signal.signal(number, _do_nothing)
+        if not remaining:  # it came while another was being handled
+            return
+        action = remaining.pop(0)
+        if not remaining:
+            # Not SIG_IGN yet: Python writes an error for a signal that has arrived and that nobody handles any more.
+            for number in STOP_SIGNALS:
+                signal.signal(number, _do_nothing)
         action()
 
     for number in STOP_SIGNALS:
@@ -60,5 +65,5 @@ def unwind() -> NoReturn:
 
 
 def are_stop_signals_ignored() -> bool:
-    """Return whether the first one has come."""
+    """Return whether all that something is done at have come."""
     return signal.getsignal(signal.SIGTERM) in (_do_nothing, signal.SIG_IGN)

@@ -1,8 +1,7 @@
-"""Responses that notice when the client goes away: server-sent events, and the wait for a whole answer."""
+"""Responses that notice when the client goes away, or takes nothing: server-sent events, and the wait for an answer."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -10,14 +9,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.chunks import ChunkEncoder
-from server.api.responses import UsageCounts
 from server.errors import APIError
 from server.generation import Completion, Generation
+from server.http_protocol import BoundedHTTPProtocol
+from server.streams import Stream, StreamStore
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
+MOST_UNSENT = 1 << 20  # bytes of events that wait for a client; a stream with more leaves the engine until it has less
+PIECE = 1 << 16  # bytes that are sent at once, about
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -49,68 +49,103 @@ async def collect(request: Request, generation: Generation) -> list[Completion]:
     return await while_connected(request.receive, generation.collect())
 
 
-async def events_of(generation: Generation, encoder: ChunkEncoder, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """Yield the stream's bytes; tokens that arrived together come in one piece.
-
-    Raises:
-        APIError: see `Generation.deltas`.
-    """
-    async with aclosing(generation.deltas()) as arriving:
-        async for deltas in arriving:
-            piece = b"".join(map(encoder.encode, deltas))
-            if piece:
-                yield piece
-    yield (encoder.encode_usage(usage_of(generation)) if include_usage else b"") + DONE
-
-
-def usage_of(generation: Generation) -> UsageCounts:
-    """Return the token counts so far."""
-    prompt, completion = generation.num_prompt_tokens, generation.num_completion_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
-    }
-
-
 class EventStream(Response):
-    """Server-sent events.
+    """Server-sent events: those of a new stream, or those after one that the client has already.
 
-    The response begins with its first event: an error before that still has its own status. A later one is sent as the
-    stream's last event.
+    A new stream's response begins with its first event: an error before that still has its own status. A later one is
+    the stream's last event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, streams: StreamStore, stream: Stream, after: int | None = None) -> None:
+        """Prepare the response.
+
+        Args:
+            streams: where it is kept for clients that come back.
+            stream: what to send.
+            after: id of the event after which to go on; None: the stream is new.
+        """
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._streams = streams
+        self._stream = stream
+        self._after = after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, or as much of it as the client stays for."""
+        connection = scope["state"]["connection"]
+        assert isinstance(connection, BoundedHTTPProtocol)
         try:
-            await while_connected(receive, self._run(scope, receive, send))
+            await while_connected(receive, self._run(connection, scope, receive, send))
         except ClientDisconnect:
             return
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events) as events:
+    async def _run(self, connection: BoundedHTTPProtocol, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stream.read_by(connection):
             try:
-                first = await anext(events)
+                await self._begin()
             except APIError as error:
                 await error.response()(scope, receive, send)
                 return
+            if self._after == self._stream.log.last_id and self._stream.has_ended:
+                await Response(status_code=204)(scope, receive, send)  # which tells a browser not to come back again
+                return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _send(send, first)
-            try:
-                async for piece in events:
-                    await _send(send, piece)
-            except APIError as error:
-                await _send(send, b"data: " + error.body() + b"\n\n")
+            await self._send_events(connection, send, self._after or 0)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _begin(self) -> None:
+        """Have the engine begin or go on.
 
-async def _send(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+        Raises:
+            APIError: when there is no event to begin with.
+        """
+        stream = self._stream
+        if self._after is None:
+            await stream.begin()
+            self._streams.add(stream)
+        elif stream in self._streams:
+            stream.go_on()
+        else:  # it went a moment ago
+            raise self._streams.not_found(stream.stream_id)
+
+    async def _send_events(self, connection: BoundedHTTPProtocol, send: Send, event_id: int) -> None:
+        """Send all events after `event_id`, as they come and the client takes them."""
+        stream = self._stream
+        while not (stream.has_ended and event_id == stream.log.last_id):
+            if event_id == stream.log.last_id:
+                await stream.advance()
+            elif connection.is_writable:
+                piece, event_id = stream.log.after(event_id, PIECE)
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                stream.note_sent(event_id)
+            else:
+                await self._wait_for_client(connection, event_id)
+
+    async def _wait_for_client(self, connection: BoundedHTTPProtocol, event_id: int) -> None:
+        """Wait until the client takes more. What comes meanwhile is kept, as far as that is bearable."""
+        stream = self._stream
+        writable = asyncio.ensure_future(connection.until_writable())
+        try:
+            while not stream.has_ended and stream.log.num_bytes_after(event_id) < MOST_UNSENT:
+                if await _first(writable, stream.advance()):
+                    return
+            stream.suspend()
+            await writable
+            stream.go_on()
+        finally:
+            writable.cancel()
+
+
+async def _first(one: "asyncio.Future[None]", other: Coroutine[Any, Any, None]) -> bool:
+    """Wait for either; return whether `one` is done. The other is cancelled then."""
+    working = asyncio.ensure_future(other)
+    try:
+        await asyncio.wait((one, working), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return one.done()
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)

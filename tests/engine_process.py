@@ -5,9 +5,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 import zmq
@@ -39,13 +40,21 @@ class EngineFailedError(RuntimeError):
 
 
 class EngineProcess:
-    """`with EngineProcess(config) as engine:` is READY inside the block and gone after it."""
+    """`with EngineProcess(config) as engine:` is READY inside the block and gone after it.
 
-    def __init__(self, config: EngineConfig, command: Sequence[str] = ("-P", "-m", "engine.orchestrator")) -> None:
+    Args:
+        config: the options.
+        command: of the orchestrator, to which the path of the spec is appended.
+        spec: what it says beside the configuration and the folder.
+    """
+
+    def __init__(
+        self, config: EngineConfig, command: Sequence[str] = ("-P", "-m", "engine.orchestrator"), **spec: Any
+    ) -> None:
         self._command = command
         self._folder = tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp")
         engine = with_kernels_of_the_suite(config)
-        self.spec = RankSpec(engine=engine, epoch=7, run_dir=self._folder.name)
+        self.spec = RankSpec(**{"engine": engine, "epoch": 7, "run_dir": self._folder.name, **spec})
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.status_channel = Channel(self._context, None, GroupStatus)
         self.channel = Channel(self._context, self.spec.epoch, TokenBatch, StatsReport)
@@ -64,11 +73,10 @@ class EngineProcess:
             start_new_session=True,
         )
         try:
-            self.status = self.wait_for(GroupState.READY)
+            self.wait_until_ready()
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self.channel.connect(self.status.engine_endpoint)
         return self
 
     def __exit__(
@@ -81,6 +89,15 @@ class EngineProcess:
         self.status_channel.close()
         self._context.destroy(linger=0)
         self._folder.cleanup()
+
+    def wait_until_ready(self) -> GroupStatus:
+        """Wait until a group is READY, and be its server from here on; what the one before had to do is lost."""
+        self.status = self.wait_for(GroupState.READY)
+        self.spec = replace(self.spec, epoch=self.status.epoch)
+        self.channel.close()
+        self.channel = Channel(self._context, self.status.epoch, TokenBatch, StatsReport)
+        self.channel.connect(self.status.engine_endpoint)
+        return self.status
 
     def wait_for(self, state: GroupState) -> GroupStatus:
         """Wait until the group says that it is in `state`."""

@@ -19,13 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import msgspec
 import zmq
 
 from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.channel import Channel
-from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.config import RankSpec, config_hash, read_spec
 from engine.protocol.messages import Hello, Loading, Ready, Start, Started
 from engine.worker.parent import die_with_parent
 from engine.worker.progress import LoadingReporter
@@ -80,7 +79,7 @@ def serve(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         sys.exit(serve(sys.argv[2:]))
-    spec = msgspec.json.decode(Path(sys.argv[-1]).read_bytes(), type=RankSpec)
+    spec = read_spec(Path(sys.argv[-1]))
     if sys.argv[1] == "--rank":
         be_rank(spec, int(os.environ["RANK"]))
     else:

@@ -125,6 +125,8 @@ class EngineProcess:
         if isinstance(status, GroupStatus):
             if status.state is GroupState.FAILED:
                 raise (ValueError if status.is_user_error else RuntimeError)(status.error)
+            if status.recovery is not None:  # what was asked of the ranks is lost with them
+                raise RuntimeError(status.recovery.cause)
             return status
         if is_gone:
             raise RuntimeError(f"the orchestrator exited with code {self._process.returncode}")

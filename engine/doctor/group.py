@@ -13,9 +13,10 @@ from engine.doctor.subject import Subject
 from engine.kernels.cpu_kernels import DTYPES
 from engine.kernels.library import fastest_library
 from engine.kernels.torch_kernels import TORCH_KERNELS
+from engine.orchestrator.group import SETTLE_SECONDS
 from engine.orchestrator.handshake import Handshake, HandshakeError
 from engine.orchestrator.launcher import RankProcesses
-from engine.orchestrator.orchestrator import SETTLE_SECONDS, diagnose
+from engine.orchestrator.loss import diagnose
 from engine.protocol.channel import Channel
 from engine.protocol.checks import Check, Finding, MissingBasisError, failure, ok, skipped, warning
 from engine.protocol.messages import Failed, Hello, Message
@@ -97,7 +98,7 @@ def _listen(subject: Subject, controls: list[Channel], ranks: RankProcesses) -> 
         messages = _take(controls)
         if ranks.dead() or any(isinstance(message, Failed) for message in messages):
             time.sleep(SETTLE_SECONDS)
-            return diagnose(messages + _take(controls), ranks)[0]
+            return diagnose(messages + _take(controls), ranks).cause
         try:
             _hear(messages, handshake, reports)
         except HandshakeError as error:

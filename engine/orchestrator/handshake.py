@@ -1,6 +1,9 @@
 """HELLO, READY, START, STARTED: a group begins only when all its ranks have said the same."""
 
-from engine.protocol.config import EngineConfig, config_hash
+from dataclasses import dataclass
+from typing import Self
+
+from engine.protocol.config import EngineConfig, RankSpec, config_hash
 from engine.protocol.messages import Hello, RankInfo, Ready, Start, Started
 from engine.protocol.model_config import ModelConfig
 
@@ -9,13 +12,37 @@ class HandshakeError(RuntimeError):
     """The ranks do not agree: something is wrong with the installation, not with what the user asked for."""
 
 
-class Handshake:
-    """Collects what the ranks say. Fed with messages in any order; knows no sockets."""
+@dataclass(frozen=True)
+class Agreement:
+    """What one group began with, and each that follows it must: what was asked of one is to be done by the next."""
 
-    def __init__(self, engine: EngineConfig, config: ModelConfig, epoch: int) -> None:
+    num_kv_blocks: int
+    max_model_len: int
+    fingerprint: str = ""  # of the weights; empty where another orchestrator knew
+
+    @classmethod
+    def of(cls, spec: RankSpec) -> Self | None:
+        """Return what a launch was told of the groups before it, if there were any."""
+        if spec.num_kv_blocks is None or spec.max_model_len is None:
+            return None
+        return cls(spec.num_kv_blocks, spec.max_model_len)
+
+
+class Handshake:
+    """Collects what the ranks say. Fed with messages in any order; knows no sockets.
+
+    Args:
+        engine: the options.
+        config: the model.
+        epoch: of the group.
+        before: what an earlier group has agreed on, if there was one.
+    """
+
+    def __init__(self, engine: EngineConfig, config: ModelConfig, epoch: int, before: Agreement | None = None) -> None:
         self._engine = engine
         self._config = config
         self._epoch = epoch
+        self._before = before
         self._hellos: dict[int, Hello] = {}
         self._readies: dict[int, Ready] = {}
         self._started: set[int] = set()
@@ -34,13 +61,15 @@ class Handshake:
         """Take a rank's word that it has loaded.
 
         Raises:
-            HandshakeError: if it holds other weights than the ranks heard before.
+            HandshakeError: if it holds other weights than the ranks heard before, or than an earlier group.
         """
         for other in self._readies.values():
             if other.fingerprint != ready.fingerprint:
                 raise HandshakeError(
                     f"ranks {other.rank} and {ready.rank} loaded different weights: {self._engine.model}"
                 )
+        if self._before is not None and self._before.fingerprint not in ("", ready.fingerprint):
+            raise HandshakeError(f"the weights are others than those that the service began with: {self._engine.model}")
         self._readies[ready.rank] = ready
 
     def hear_started(self, started: Started) -> None:
@@ -81,12 +110,24 @@ class Handshake:
                 total[kind] = total.get(kind, 0) + size
         return total
 
+    @property
+    def agreement(self) -> Agreement | None:
+        """What holds for the groups after this one, once all ranks take steps."""
+        if not self.all_started:
+            return None
+        start = self.start()
+        return Agreement(start.num_kv_blocks, start.max_model_len, next(iter(self._readies.values())).fingerprint)
+
     def start(self) -> Start:
         """Return what all ranks begin with: the smallest rank's number of KV blocks holds for all.
+
+        Behind an earlier group it is what that began with.
 
         Raises:
             ValueError: naming the options, if the KV cache cannot hold the context that was asked for.
         """
+        if self._before is not None:
+            return Start(self._epoch, self._before.num_kv_blocks, self._before.max_model_len)
         num_kv_blocks = min(ready.num_kv_blocks for ready in self._readies.values())
         capacity = num_kv_blocks * self._engine.block_size
         longest = self._config.longest_context

@@ -6,15 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
-from engine.protocol.environment import PARENT_PID_VARIABLE, STORE_FD_VARIABLE
+from engine.protocol.environment import EPOCH_VARIABLE, PARENT_PID_VARIABLE, STORE_FD_VARIABLE
 from engine.worker.parent import adopt_orphans
 
 RANK_COMMAND = (sys.executable, "-P", "-m", "engine.worker")
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library starts its threads when it is loaded, before the fork
+REPLACE_SECONDS = 30.0  # that a process which ranks are forked from must have lived to be replaced before it is needed
 BUS_ERROR = (
     "memory behind which there is nothing any more; was a weights file cut that is mapped, does its disk fail, or is "
     "/dev/shm full? With --no-mmap weights need no file once they are loaded"
@@ -32,21 +34,33 @@ class Ranks(Protocol):
         """Return a rank's process id."""
         ...
 
+    def prepare_next(self) -> None:
+        """Have ready what makes the start of the next group fast."""
+        ...
+
     def kill(self) -> None:
         """Kill every rank and wait until all are gone."""
         ...
 
 
-class RankProcesses:
-    """Ranks that are started by a command each."""
+class StartRanks(Protocol):
+    """Starts the ranks of an epoch, of what the file says."""
 
-    def __init__(self, spec_path: Path, world_size: int, command: Sequence[str]) -> None:
+    def __call__(self, spec_path: Path, world_size: int, *, epoch: int) -> Ranks:
+        """Return as many processes as `world_size`, which may not be there yet."""
+        ...
+
+
+class RankProcesses:
+    """Ranks that are started by a command each, of `epoch`, or of the one that the file says."""
+
+    def __init__(self, spec_path: Path, world_size: int, command: Sequence[str], *, epoch: int | None = None) -> None:
         # The ranks' meeting point is bound here and handed to rank 0: nobody can take the port in between.
         with socket.create_server(("127.0.0.1", 0)) as store:
             self._processes = [
                 subprocess.Popen(
                     [*command, str(spec_path)],
-                    env=_environment(rank, world_size, store),
+                    env={**_environment(), **_environment_of_rank(rank, world_size, epoch, store)},
                     stdin=subprocess.DEVNULL,
                     pass_fds=(store.fileno(),) if rank == 0 else (),
                 )
@@ -62,6 +76,9 @@ class RankProcesses:
         """See `Ranks`."""
         return self._processes[rank].pid
 
+    def prepare_next(self) -> None:
+        """See `Ranks`. Each is started by a command: there is nothing to prepare."""
+
     def kill(self) -> None:
         """See `Ranks`."""
         for process in self._processes:
@@ -70,62 +87,110 @@ class RankProcesses:
             process.wait()
 
 
-class ForkedRanks:
-    """Ranks that import torch once: the first is started before it is known what to run, and forks the others.
+class ForkServer:
+    """A process that imports torch once, from which the ranks of each epoch are forked; see `engine.worker.fork`.
 
-    Those are this process's children too; see `engine.worker.fork`.
+    It is started at once, before it is known what to run. If it ends, another takes its place; its ranks go on.
     """
 
-    def __init__(self, command: Sequence[str] = RANK_COMMAND) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         adopt_orphans()
-        self._link, theirs = socket.socketpair()
-        with theirs, socket.create_server(("127.0.0.1", 0)) as store:
-            environment = {**_environment(0, 1, store), **ONE_THREAD}
-            self._first = subprocess.Popen(command, env=environment, stdin=theirs.fileno(), pass_fds=(store.fileno(),))
-        self._link.setblocking(False)
-        self._forked: list[int] = []  # process ids of ranks 1, 2, …, once they are known
+        self._command = command
+        self._cpus = os.sched_getaffinity(0)
+        self._start()
+
+    def _start(self) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link.setblocking(False)
+        with theirs:
+            environment = {**_environment(), **ONE_THREAD}
+            self.process = subprocess.Popen(self._command, env=environment, stdin=theirs.fileno())
+        self._started_at = time.monotonic()
+        with contextlib.suppress(OSError):  # it has ended, or what may be used has changed
+            os.sched_setaffinity(self.process.pid, self._cpus)  # this process may be kept on fewer by now
+
+    def start_ranks(self, spec_path: Path, world_size: int, *, epoch: int) -> "ForkedRanks":
+        """Have `world_size` ranks forked, of what the file says, in `epoch`."""
+        if self.process.poll() is not None:
+            self._replace()
+        with (
+            socket.create_server(("127.0.0.1", 0)) as store,
+            contextlib.suppress(BrokenPipeError, ConnectionResetError),  # it has ended, as will be noticed
+        ):
+            socket.send_fds(self.link, [os.fsencode(f"{epoch} {world_size} {spec_path}")], [store.fileno()])
+        return ForkedRanks(self)
+
+    def prepare(self) -> None:
+        """Start another if it has ended, for ranks to come; not if it ends again and again."""
+        if self.process.poll() is not None and time.monotonic() - self._started_at > REPLACE_SECONDS:
+            self._replace()
+
+    def _replace(self) -> None:
+        self.link.close()
+        self._start()
+
+    def kill(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+
+
+class ForkedRanks:
+    """Ranks of one epoch, forked by a `ForkServer`. They are this process's children; see `Ranks`."""
+
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
+        self._pids: list[int] = []  # none until they are told
         self._codes: dict[int, int] = {}
 
-    def start(self, spec_path: Path, world_size: int) -> Self:
-        """Have them be `world_size` ranks of what the file says."""
-        with contextlib.suppress(BrokenPipeError):  # the first has ended, as will be noticed
-            self._link.send(os.fsencode(f"{world_size} {spec_path}"))
-        return self
-
     def dead(self) -> dict[int, int]:
-        """See `Ranks`."""
+        """See `Ranks`. Before any is forked, the process that they are forked from counts as rank 0."""
+        code = self._server.process.poll()
         self._hear_of_forks()
-        code = self._first.poll()
-        if code is not None:
-            self._codes[0] = code
-        for rank, pid in enumerate(self._forked, start=1):
+        if not self._pids:
+            return {} if code is None else {0: code}
+        for rank, pid in enumerate(self._pids):
             self._reap(rank, pid, os.WNOHANG)
+        self._reap_others()
         return dict(self._codes)
 
     def pid(self, rank: int) -> int:
         """See `Ranks`."""
-        return self._first.pid if rank == 0 else self._forked[rank - 1]
+        return self._pids[rank] if self._pids else self._server.process.pid
+
+    def prepare_next(self) -> None:
+        """See `Ranks`."""
+        self._server.prepare()
 
     def kill(self) -> None:
-        """See `Ranks`. A rank that was being forked dies with this process."""
-        self._first.kill()
-        self._first.wait()
+        """See `Ranks`. Ranks that are being forked end when the process that forks them does."""
         self._hear_of_forks()
-        for rank, pid in enumerate(self._forked, start=1):
+        if not self._pids:
+            self._server.kill()
+            self._hear_of_forks()
+        for rank, pid in enumerate(self._pids):
             if rank not in self._codes:
                 os.kill(pid, signal.SIGKILL)
-                self._reap(rank, pid, 0)
+        for rank, pid in enumerate(self._pids):
+            self._reap(rank, pid, 0)
 
     def _hear_of_forks(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            if told := self._link.recv(65536):
-                self._forked = [int(pid) for pid in told.split()]
+        if not self._pids:
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                self._pids = [int(pid) for pid in self._server.link.recv(65536).split()]
 
     def _reap(self, rank: int, pid: int, options: int) -> None:
         if rank not in self._codes:
             ended, status = os.waitpid(pid, options)
             if ended:
                 self._codes[rank] = os.waitstatus_to_exitcode(status)
+
+    def _reap_others(self) -> None:
+        """Reap what was adopted of a process that ended while it forked."""
+        known = {self._server.process.pid, *self._pids}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in known:
+                os.waitpid(ended.si_pid, 0)
 
 
 def describe_exit(code: int) -> str:
@@ -138,19 +203,26 @@ def describe_exit(code: int) -> str:
     return f"exited with code {code}"
 
 
-def _environment(rank: int, world_size: int, store: socket.socket) -> dict[str, str]:
+def _environment() -> dict[str, str]:
+    """Return what is the same for all ranks."""
     return {
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are on this machine; the host name need not resolve
         # torch asks for the name of each address that it connects to, ::ffff:127.0.0.1 here, which only DNS may know:
         # where an answer is lost, a start waits for one second, not five.
         "RES_OPTIONS": "timeout:1",
         **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        PARENT_PID_VARIABLE: str(os.getpid()),
+    }
+
+
+def _environment_of_rank(rank: int, world_size: int, epoch: int | None, store: socket.socket) -> dict[str, str]:
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.getsockname()[1]),
         STORE_FD_VARIABLE: str(store.fileno()),
-        PARENT_PID_VARIABLE: str(os.getpid()),
+        **({} if epoch is None else {EPOCH_VARIABLE: str(epoch)}),
     }

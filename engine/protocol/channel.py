@@ -108,12 +108,28 @@ class AsyncChannel:
 
 
 class EngineChannel(AsyncChannel):
-    """The server's link to rank 0 of one epoch: sends `RequestBatch`, receives `TokenBatch` and `StatsReport`."""
+    """The server's link to rank 0 of one epoch: sends `RequestBatch`, receives `TokenBatch` and `StatsReport`.
+
+    Rank 0 must listen already. A link that was cut stays so: what was on its way is lost, and must not be missed
+    between what came before and what would come after.
+    """
 
     def __init__(self, context: zmq.asyncio.Context, epoch: int, endpoint: str) -> None:
         super().__init__(context, epoch, TokenBatch, StatsReport)
         self.epoch = epoch
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.connect(endpoint)
+
+    async def until_cut(self) -> None:
+        """Wait until the link is cut, as it is when rank 0 dies."""
+        await self._monitor.recv_multipart()
+
+    def close(self) -> None:
+        """See `AsyncChannel`."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        super().close()
 
 
 class StatusChannel(AsyncChannel):

@@ -1,16 +1,20 @@
 """The engine's options: one definition of each name, default and help text. The command line is generated from here."""
 
 import hashlib
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from engine.protocol.environment import EPOCH_VARIABLE
+
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLLECTIVES = ("auto", "shared-memory", "gloo")
 QUANTIZATIONS = ("none", "int8")
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch")
+SHORTEST_RANK_TIMEOUT, LONGEST_RANK_TIMEOUT = 1, 86400  # seconds
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 
 
@@ -103,16 +107,25 @@ class EngineConfig:
     mlock: bool = option(False, "keep mapped weights in memory, whatever else needs it (see ulimit -l)")
     prefetch: bool = option(True, "read mapped weights ahead, in the background, rather than when they are first used")
     verify_checksums: bool = option(False, "compare weight files with their checksums while loading")
+    rank_timeout: float = option(
+        30.0, "seconds after which a rank that gets no further in a step, or is stopped, is hung: all start anew"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not SHORTEST_RANK_TIMEOUT <= self.rank_timeout <= LONGEST_RANK_TIMEOUT:
+            raise ValueError(
+                f"--rank-timeout must be between {SHORTEST_RANK_TIMEOUT} and {LONGEST_RANK_TIMEOUT} seconds, "
+                f"not {self.rank_timeout:g}"
+            )
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("--num-kv-blocks and --kv-cache-memory both size the KV cache: give one of them")
         if self.mlock and not self.mmap:
             raise ValueError("--mlock keeps mapped weights in memory: it has no effect with --no-mmap")
 
 
-RUN_DIR_FILES = ("control-*", "engine-*", "steps-*", "status", "spec.json")
+EPOCH_FILES = ("control-*", "engine-*", "steps-*", "beats-*")
+RUN_DIR_FILES = (*EPOCH_FILES, "status", "spec.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +136,8 @@ class RankSpec:
     epoch: int
     run_dir: str  # 0700 folder of the sockets of this service
     weights: str = ""  # directory that the weights are read from, where it is not the model's own: the shard cache
+    num_kv_blocks: int | None = None  # of the groups before this one, which all requests in flight were measured by …
+    max_model_len: int | None = None  # … and their context; None: there were none that came to be READY
 
     @property
     def weights_directory(self) -> Path:
@@ -143,9 +158,20 @@ class RankSpec:
         return f"ipc://{self.run_dir}/steps-{self.epoch}-{rank}"
 
     @property
+    def beats_path(self) -> Path:
+        """Where the ranks say how far they have come; see `engine.protocol.beats`."""
+        return Path(self.run_dir) / f"beats-{self.epoch}"
+
+    @property
     def status_endpoint(self) -> str:
         """Where the server listens for the orchestrator."""
         return f"ipc://{self.run_dir}/status"
+
+
+def read_spec(path: Path) -> RankSpec:
+    """Return what a file hands every rank, for the epoch that this process was started in."""
+    spec = msgspec.json.decode(path.read_bytes(), type=RankSpec)
+    return replace(spec, epoch=int(os.environ.get(EPOCH_VARIABLE, spec.epoch)))
 
 
 def config_hash(config: EngineConfig) -> str:

@@ -248,6 +248,7 @@ class GroupState(StrEnum):
 
     STARTING = "STARTING"
     READY = "READY"
+    RECOVERING = "RECOVERING"  # a rank died or hung: the next epoch's ranks are being started
     FAILED = "FAILED"
 
 
@@ -261,8 +262,18 @@ class RankInfo(Part, frozen=True):
     threads: str = ""  # that compute, in words; nothing where a device does
 
 
+class Recovery(Part, frozen=True):
+    """How one group was lost, and how long the next took, as far as is known."""
+
+    cause: str  # one line
+    noticed_at: float  # seconds since the epoch of the calendar
+    in_step: list[str] = []  # request ids in the step that was not finished; none if there was no such step
+    seconds: dict[str, float] = {}  # by phase: kill, respawn (until each rank said HELLO), load (until READY)
+    kind: str = "died"  # a word for the cause: died, hung, failed (by its own word), orchestrator, link
+
+
 class GroupStatus(Message, frozen=True):
-    """Orchestrator to server, at each change of state."""
+    """Orchestrator to server, at each change of state. The epoch is that of the group that is there or is coming."""
 
     state: GroupState
     ranks: list[RankInfo] = []
@@ -276,3 +287,4 @@ class GroupStatus(Message, frozen=True):
     total_bytes: int = 0  # STARTING: … of so many; 0 while nobody knows
     service_cpus: list[int] = []  # READY: where the server should run; none leaves that to the kernel
     kernels: str = ""  # READY: what the ranks compute with
+    recovery: Recovery | None = None  # RECOVERING, and the READY after it

@@ -1,6 +1,6 @@
 """`python -m engine.worker SPEC`: one rank, under torchrun's contract (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-`python -m engine.worker`: all ranks of this machine, once their task comes on standard input; see `engine.worker.fork`.
+`python -m engine.worker`: a process from which ranks are forked, as standard input asks; see `engine.worker.fork`.
 """
 
 import gc
@@ -12,14 +12,12 @@ from engine.worker.parent import die_with_parent
 if __name__ == "__main__":
     die_with_parent()
     gc.disable()  # of what is imported nothing is garbage: looking for some takes a tenth of the time
-    import msgspec
-
-    from engine.protocol.config import RankSpec
-    from engine.worker.fork import become_ranks
+    from engine.protocol.config import read_spec
+    from engine.worker.fork import serve_forks
     from engine.worker.rank import run_rank
 
     gc.freeze()
-    path = sys.argv[1] if len(sys.argv) > 1 else become_ranks()
+    path = sys.argv[1] if len(sys.argv) > 1 else serve_forks()
     gc.enable()
     if path is not None:
-        sys.exit(run_rank(msgspec.json.decode(Path(path).read_bytes(), type=RankSpec)))
+        sys.exit(run_rank(read_spec(Path(path))))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import zmq
 
+from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.messages import (
     FinishReason,
@@ -35,6 +36,7 @@ class Leader:
         followers: list[Channel],
         statistics: RankStatistics,
         sampler: Sampler,
+        beats: RankBeats,
         *,
         epoch: int,
         vocab_size: int,
@@ -45,6 +47,7 @@ class Leader:
         self._followers = followers
         self._statistics = statistics
         self._sampler = sampler
+        self._beats = beats
         self._epoch = epoch
         self._vocab_size = vocab_size
         self._had_work = False
@@ -57,6 +60,7 @@ class Leader:
         """Run until the process is ended."""
         while True:
             self._take_messages()
+            self._beats.beat()
             step = self._scheduler.schedule()
             if step is not None:
                 self._run_step(step)
@@ -72,10 +76,15 @@ class Leader:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _run_step(self, step: ScheduledStep) -> None:
+        self._beats.begin_step([row.request_id for row in step.rows])
         for follower in self._followers:
             follower.send(step)
-        result = self._sample(step, self._runner.run(step))
-        self._emit(step.step, self._scheduler.apply(step, result))
+        output = self._runner.run(step)
+        self._beats.beat()
+        result = self._sample(step, output)
+        outputs = self._scheduler.apply(step, result)
+        self._beats.end_step()  # before anybody hears of it: who has, is not told that the step was lost
+        self._emit(step.step, outputs)
         self._statistics.note_work()
 
     def _sample(self, step: ScheduledStep, output: RunnerOutput) -> StepResult:
@@ -95,6 +104,7 @@ class Leader:
         """Take what has arrived; wait for something to arrive, or for a report to be due, if there is no work."""
         if not self._scheduler.has_work and not self._rank_stats:
             seconds = self._statistics.seconds_until_due()
+            self._beats.rest()
             self._poller.poll(None if seconds is None else math.ceil(seconds * 1000))
         while (message := self._server.receive(0)) is not None:
             if isinstance(message, RequestBatch):

@@ -1,14 +1,15 @@
 """Turns a scheduled step into tensors and runs this rank's shard on them."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionMetadata
+from engine.attention.base import Attention, AttentionBackend, AttentionMetadata
+from engine.attention.rotary import Rotation
 from engine.communication.handler import CommunicationHandler
 from engine.models.llama import LlamaForCausalLM
 from engine.protocol.messages import ScheduledRow, ScheduledStep, TokenLogprobs
@@ -36,7 +37,16 @@ class RunnerOutput:
 
 
 class ModelRunner:
-    """Runs steps in the order they were scheduled; every rank's runner sees the same steps."""
+    """Runs steps in the order they were scheduled; every rank's runner sees the same steps.
+
+    Args:
+        model: this rank's shard.
+        attention: over this rank's cache.
+        group: the ranks.
+        vocab_size: of the model, without padding.
+        device: where the model lies.
+        note_progress: is called whenever a step has got further, by a layer or so.
+    """
 
     def __init__(
         self,
@@ -46,12 +56,14 @@ class ModelRunner:
         *,
         vocab_size: int,
         device: torch.device,
+        note_progress: Callable[[], None],
     ) -> None:
         self._model = model
         self._attention = attention
         self._group = group
         self._vocab_size = vocab_size
         self._device = device
+        self._note_progress = note_progress
         self._sequences: dict[str, _Sequence] = {}
 
     @torch.inference_mode()
@@ -62,12 +74,23 @@ class ModelRunner:
         sequences = [self._update(row) for row in step.rows]
         token_ids, positions = self._inputs(step.rows, sequences)
         metadata = _metadata(step.rows, sequences)
-        hidden = self._model(token_ids, positions, self._attention(metadata))
+        hidden = self._model(token_ids, positions, self._attend(metadata))
         last = [end - 1 for end, row in zip(metadata.cu_seqlens_q[1:], step.rows, strict=True) if row.samples]
         return RunnerOutput(
             logits=self._gather_logits(hidden[last]) if last else None,
             prompt_logprobs=self._prompt_logprobs(step.rows, sequences, metadata.cu_seqlens_q, hidden),
         )
+
+    def _attend(self, metadata: AttentionMetadata) -> Attention:
+        """Return the step's attention, which each layer calls once."""
+        attend, note_progress = self._attention(metadata), self._note_progress
+
+        def attend_and_note(layer_index: int, heads: Tensor, rotation: Rotation) -> Tensor:
+            attended = attend(layer_index, heads, rotation)
+            note_progress()
+            return attended
+
+        return attend_and_note
 
     def _gather_logits(self, hidden: Tensor) -> Tensor | None:
         logits = self._group.gather(self._model.compute_logits(hidden))
@@ -99,6 +122,7 @@ class ModelRunner:
         answers: list[TokenLogprobs] = []
         for chunk in chunks(queries, max(1, PROMPT_LOGITS_SIZE // local_vocab_size)):
             logits = self._model.compute_logits(hidden[[query.row for query in chunk]])
+            self._note_progress()
             of_chunk = [query._replace(row=index) for index, query in enumerate(chunk)]
             answers += compute_logprobs(logits, of_chunk, self._group, vocab_size=self._vocab_size)
         return answers

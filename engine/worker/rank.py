@@ -20,6 +20,7 @@ from engine.kernels.base import Kernels
 from engine.models.llama import LlamaForCausalLM
 from engine.models.registry import build_model
 from engine.parallel.base import use_kernels
+from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
 from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
@@ -44,6 +45,9 @@ from engine.worker.parent import die_with_parent
 from engine.worker.placement import Placement
 from engine.worker.progress import LoadingReporter
 from engine.worker.statistics import RankStatistics, process_memory
+
+# For ranks to meet, and for each collective. It is the orchestrator that finds ranks which hang, sooner.
+LEAST_TIMEOUT_SECONDS = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +115,11 @@ def _set_up(
     placement = choose_placement(spec.engine, local_rank)
     control.send(hello(spec, rank, device, placement))
     # Never closed: ranks end by being killed, and after a failure the peers must not fail before its cause is told.
-    group = ProcessGroupManager(device, collectives=spec.engine.collectives).tensor_parallel
+    group = ProcessGroupManager(
+        device,
+        timeout_seconds=max(LEAST_TIMEOUT_SECONDS, 2 * spec.engine.rank_timeout),
+        collectives=spec.engine.collectives,
+    ).tensor_parallel
     shard = _load(spec, group, device, placement, control)
     start = _agree(spec, group, shard, control)
     loop = _make_loop(spec, group, shard, start, context)
@@ -202,21 +210,23 @@ def _make_loop(
         dtype=shard.dtype,
         device=shard.device,
     )
+    beats = RankBeats(spec.beats_path, group.rank, group.world_size)
     runner = ModelRunner(
         shard.model,
         attention_backend(shard.kernels, kv_caches),
         group,
         vocab_size=shard.config.vocab_size,
         device=shard.device,
+        note_progress=beats.beat,
     )
     kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in kv_caches)
     memory = {"weights": shard.weight_bytes, "kv_cache": kv_bytes}
     statistics = RankStatistics(group, memory, shard.mapped, epoch=spec.epoch)
     if group.rank == 0:
-        return _make_leader(spec, group, shard, start, context, runner, statistics)
+        return _make_leader(spec, group, shard, start, context, runner, statistics, beats)
     steps = Channel(context, spec.epoch, ScheduledStep)
     steps.connect(spec.step_endpoint(group.rank))
-    return Follower(runner, steps, statistics)
+    return Follower(runner, steps, statistics, beats)
 
 
 def _make_leader(
@@ -227,6 +237,7 @@ def _make_leader(
     context: "zmq.Context[zmq.Socket[bytes]]",
     runner: ModelRunner,
     statistics: RankStatistics,
+    beats: RankBeats,
 ) -> Leader:
     server = Channel(context, spec.epoch, RequestBatch)
     server.bind(spec.engine_endpoint)
@@ -249,6 +260,7 @@ def _make_leader(
         followers,
         statistics,
         choose_sampler(shard.kernels),
+        beats,
         epoch=spec.epoch,
         vocab_size=shard.config.vocab_size,
     )

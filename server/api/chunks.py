@@ -46,47 +46,51 @@ class _Chunk(Struct):
 
 
 class ChunkEncoder(Protocol):
-    """Turns deltas into the events of one API's stream."""
+    """Turns deltas into the chunks of one API's stream: each is the data of an event, in JSON."""
 
-    def encode(self, delta: Delta) -> bytes:
-        """Return the events that `delta` makes, possibly none."""
+    head: bytes  # what all chunks begin with
+
+    def encode(self, delta: Delta) -> list[bytes]:
+        """Return the chunks that `delta` makes, possibly none."""
 
     def encode_usage(self, usage: UsageCounts) -> bytes:
-        """Return the event with the token counts."""
+        """Return the chunk with the token counts."""
 
 
-class _Events:
+class _Chunks:
     """What all chunks of one stream share. With `include_usage` each has a `usage`, which is null but in the last."""
 
     def __init__(self, response_id: str, kind: str, model: str, logprobs: LogprobFormat, include_usage: bool) -> None:
-        self._head = response_id, kind, int(time.time()), model
+        self._fields = response_id, kind, int(time.time()), model
         self._logprobs = logprobs
         self._usage: UnsetType | None = None if include_usage else UNSET
         self._encode = msgspec.json.Encoder().encode
+        empty = self.chunk([])
+        self.head = empty[: empty.rindex(b"[") + 1]  # `choices` is the last field that is there in all, and not null
 
-    def event(
+    def chunk(
         self,
         choices: list[_CompletionChoice] | list[_ChatChoice],
         prompt_token_ids: list[int] | UnsetType = UNSET,
     ) -> bytes:
-        return b"data: " + self._encode(_Chunk(*self._head, choices, self._usage, prompt_token_ids)) + b"\n\n"
+        return self._encode(_Chunk(*self._fields, choices, self._usage, prompt_token_ids))
 
     def encode_usage(self, usage: UsageCounts) -> bytes:
-        """Return the event with the token counts."""
+        """Return the chunk with the token counts."""
         no_choices: list[_CompletionChoice] = []
-        return b"data: " + self._encode(_Chunk(*self._head, no_choices, usage)) + b"\n\n"
+        return self._encode(_Chunk(*self._fields, no_choices, usage))
 
 
-class CompletionChunks(_Events):
+class CompletionChunks(_Chunks):
     """The stream of `/v1/completions`."""
 
     def __init__(self, response_id: str, model: str, logprobs: LogprobFormat, include_usage: bool) -> None:
         super().__init__(response_id, "text_completion", model, logprobs, include_usage)
 
-    def encode(self, delta: Delta) -> bytes:
-        """Return the event that `delta` makes, if any."""
+    def encode(self, delta: Delta) -> list[bytes]:
+        """Return the chunk that `delta` makes, if any."""
         if not _has_news(delta) and delta.finish_reason is None:
-            return b""
+            return []
         choice = _CompletionChoice(delta.index, delta.text, finish_reason=delta.finish_reason)
         if delta.entries:
             choice.logprobs = self._logprobs.completion(delta.entries)
@@ -96,31 +100,31 @@ class CompletionChunks(_Events):
             choice.token_ids = delta.token_ids
         if delta.prompt_token_ids is not None:
             choice.prompt_token_ids = delta.prompt_token_ids
-        return self.event([choice])
+        return [self.chunk([choice])]
 
 
-class ChatChunks(_Events):
+class ChatChunks(_Chunks):
     """The stream of `/v1/chat/completions`: a choice begins with its role and ends with its finish reason."""
 
     def __init__(self, response_id: str, model: str, logprobs: LogprobFormat, include_usage: bool) -> None:
         super().__init__(response_id, "chat.completion.chunk", model, logprobs, include_usage)
         self._begun: set[int] = set()
 
-    def encode(self, delta: Delta) -> bytes:
-        """Return the events that `delta` makes, possibly none."""
-        events = []
+    def encode(self, delta: Delta) -> list[bytes]:
+        """Return the chunks that `delta` makes, possibly none."""
+        chunks = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             ids = UNSET if delta.prompt_token_ids is None else delta.prompt_token_ids
-            events.append(self.event([_ChatChoice(delta.index, _ChatDelta("assistant", ""))], ids))
+            chunks.append(self.chunk([_ChatChoice(delta.index, _ChatDelta("assistant", ""))], ids))
         if _has_news(delta):
-            events.append(self.event([self._content(delta)]))
+            chunks.append(self.chunk([self._content(delta)]))
         if delta.finish_reason is not None:
             end = _ChatChoice(
                 delta.index, _ChatDelta(), finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
             )
-            events.append(self.event([end]))
-        return b"".join(events)
+            chunks.append(self.chunk([end]))
+        return chunks
 
     def _content(self, delta: Delta) -> _ChatChoice:
         choice = _ChatChoice(delta.index, _ChatDelta(content=delta.text))

@@ -20,7 +20,16 @@ from server.api.fields import (
     at_most,
     neutral,
 )
-from server.limits import INT64, MAX_ITEMS, MAX_PENALTY, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
+from server.limits import (
+    INT64,
+    MAX_ITEMS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TIMEOUT,
+    MIN_REPETITION_PENALTY,
+    MIN_TIMEOUT,
+)
 
 Count = Annotated[int, Field(ge=0, le=INT64 - 1)]
 AtLeastOne = Annotated[int, Field(ge=1, le=INT64 - 1)]
@@ -83,6 +92,13 @@ class GenerationRequest(RequestModel):
     )
     stream: bool | None = Field(None, description="Send the text as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    timeout: float | None = Field(
+        None,
+        ge=MIN_TIMEOUT,
+        le=MAX_TIMEOUT,
+        allow_inf_nan=False,
+        description="Seconds from the request's arrival in which to finish; after that it ends with an error.",
+    )
     user: Text | None = Field(None, description="Accepted; it has no effect on the result.")
     metadata: FreeForm = None
 

@@ -127,15 +127,25 @@ class RankPlace(BaseModel):
     device: str
 
 
+class LastRecovery(BaseModel):
+    """How the last group of ranks was lost that was, and how long each phase took to have the next."""
+
+    cause: str
+    kind: Literal["died", "hung", "failed", "orchestrator", "link"]
+    noticed_at: Annotated[float, Field(description="Seconds since 1970, UTC.")]
+    seconds: Annotated[dict[str, float], Field(description="By phase: kill, respawn, load; as far as is known yet.")]
+
+
 class Readiness(BaseModel):
     """Answer of `GET /ready`; the bytes are those of all ranks' weights, shown while they are being loaded."""
 
-    state: Literal["STARTING", "READY", "FAILED"]
+    state: Literal["STARTING", "READY", "RECOVERING", "DRAINING", "FAILED"]
     epoch: int
     ranks: list[RankPlace]
     error: str | None = None
     loaded_bytes: IfThere[int] = None
     total_bytes: IfThere[int] = None
+    last_recovery: IfThere[LastRecovery] = None
 
 
 class Health(BaseModel):

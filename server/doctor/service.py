@@ -95,8 +95,9 @@ def access_checks(server: ServerConfig) -> list[Check]:
 def _credentials(server: ServerConfig) -> Finding:
     credentials = Credentials.load(server)
     tls = "plain HTTP" if credentials.tls is None else "HTTPS with a certificate and its key"
-    if credentials.api_key is not None:
-        return ok(f"an API key; {tls}")
+    if credentials.keys:
+        num_keys = len(credentials.keys)
+        return ok(f"{'an API key' if num_keys == 1 else f'{num_keys} API keys'}; {tls}")
     if is_loopback(server.host):
         return ok(f"no API key, and only this machine reaches {server.host}; {tls}")
     return warning(

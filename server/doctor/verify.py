@@ -264,6 +264,8 @@ class _Group:
         assert status is None or isinstance(status, GroupStatus)
         if status is not None and status.state is GroupState.FAILED:
             raise ValueError(status.error)
+        if status is not None and status.recovery is not None:
+            raise ValueError(status.recovery.cause)
         return status
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[Transcript]:

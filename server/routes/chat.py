@@ -13,9 +13,11 @@ from server.api.requests import ChatCompletionRequest
 from server.api.responses import AssistantMessage, ChatChoice, ChatCompletionResponse
 from server.chat_prompt import chat_prompt
 from server.generation import Completion
+from server.middleware.auth import key_name
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, ServiceOf
-from server.streaming import EventStream, collect, events_of, usage_of
+from server.streaming import EventStream, collect
+from server.streams import usage_of
 
 router = APIRouter()
 
@@ -40,11 +42,11 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     )
     ids = await service.encode(body, "messages", [prompt], add_special_tokens=bool(body.add_special_tokens))
     response_id = f"chatcmpl-{uuid.uuid4().hex}"
-    generation = service.generation(body, response_id, Prompts("messages", ids), None, arrival)
+    generation = service.generation(body, response_id, Prompts("messages", ids), None, arrival, key_name(request.scope))
     logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
         chunks = ChatChunks(response_id, service.model.name, logprobs, body.include_usage)
-        return EventStream(events_of(generation, chunks, body.include_usage))
+        return EventStream(service.streams, service.stream(body, generation, chunks, key_name(request.scope)))
     created = int(time.time())
     completions = await collect(request, generation)
     answer = ChatCompletionResponse(

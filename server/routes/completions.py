@@ -12,9 +12,11 @@ from server.api.logprobs import LogprobFormat
 from server.api.requests import CompletionRequest
 from server.api.responses import CompletionChoice, CompletionResponse
 from server.generation import Completion
+from server.middleware.auth import key_name
 from server.routes.documentation import GENERATION_RESPONSES
 from server.service import Prompts, Service, ServiceOf
-from server.streaming import EventStream, collect, events_of, usage_of
+from server.streaming import EventStream, collect
+from server.streams import usage_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -34,11 +36,11 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     service.check(body)
     prompts = Prompts("prompt", await _prompt_ids(body, service))
     response_id = f"cmpl-{uuid.uuid4().hex}"
-    generation = service.generation(body, response_id, prompts, DEFAULT_MAX_TOKENS, arrival)
+    generation = service.generation(body, response_id, prompts, DEFAULT_MAX_TOKENS, arrival, key_name(request.scope))
     logprobs = service.logprob_format(body.num_logprobs)
     if body.stream:
         chunks = CompletionChunks(response_id, service.model.name, logprobs, body.include_usage)
-        return EventStream(events_of(generation, chunks, body.include_usage))
+        return EventStream(service.streams, service.stream(body, generation, chunks, key_name(request.scope)))
     created = int(time.time())
     completions = await collect(request, generation)
     answer = CompletionResponse(

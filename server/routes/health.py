@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from engine.protocol.messages import GroupState
-from server.api.responses import Health, RankPlace, Readiness, Version
+from server.api.responses import Health, LastRecovery, RankPlace, Readiness, Version
 from server.service import ServiceOf
 
 router = APIRouter(tags=["operation"])
@@ -26,11 +26,21 @@ async def health() -> Health:
 async def ready(service: ServiceOf, response: Response) -> Readiness:
     """Say whether requests are taken, and which ranks serve them."""
     status = service.engine.status
-    response.status_code = 200 if status.state is GroupState.READY else 503
+    is_draining = service.drain.is_draining
+    response.status_code = 200 if status.state is GroupState.READY and not is_draining else 503
     ranks = [RankPlace(rank=rank.rank, pid=rank.pid, host=rank.host, device=rank.device) for rank in status.ranks]
-    readiness = Readiness(state=status.state.value, epoch=status.epoch, ranks=ranks, error=status.error or None)
-    if status.state is GroupState.STARTING and status.total_bytes:
+    readiness = Readiness(
+        state="DRAINING" if is_draining else status.state.value,
+        epoch=status.epoch,
+        ranks=ranks,
+        error=status.error or None,
+    )
+    if status.state is not GroupState.READY and status.total_bytes:
         readiness.loaded_bytes, readiness.total_bytes = status.loaded_bytes, status.total_bytes
+    if (recovery := service.engine.last_recovery) is not None:
+        readiness.last_recovery = LastRecovery.model_validate(
+            {name: getattr(recovery, name) for name in LastRecovery.model_fields}
+        )
     return readiness
 
 

@@ -34,7 +34,7 @@ def test_steps_over_http_are_told_beside_what_the_machine_allows(tmp_path: Path)
     size = (EMBEDDED_MODEL / "model.safetensors").stat().st_size
     assert 0.4 * size < measured["read_seconds"] * rates < 0.7 * size  # int8 has half of bfloat16's bytes, and scales
     heading, row = done.stdout.splitlines()
-    assert heading.startswith("batch   tokens/s")
+    assert heading.startswith("batch  tokens/s ")
     assert re.match(r"2 +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+% ", row)
 
 

@@ -18,7 +18,7 @@ from tests.service_process import ServiceProcess
 
 NUM_CLIENTS = 64
 NUM_TOKENS = 48
-IDLE_SECONDS = 60
+IDLE_SECONDS = 30
 STARTS = (
     "def is_prime(n):\n",
     "class Queue:\n    def __init__(self):\n",

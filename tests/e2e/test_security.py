@@ -68,8 +68,8 @@ def test_the_key_stays_in_the_server(locked: ServiceProcess) -> None:
     assert httpx.post(url, json=body).status_code == 401
     assert httpx.post(url, json=body, headers=authorization).status_code == 200
     below = locked.descendants()
-    assert len(below) == 3  # orchestrator and ranks
-    assert [secrets_seen(process) for process in below] == [[], [], []]
+    assert len(below) == 4  # orchestrator, what ranks are forked from, and ranks
+    assert [secrets_seen(process) for process in below] == [[], [], [], []]
     assert secrets_seen(psutil.Process(locked.process.pid)) == [KEY]  # so that it would be found
     assert KEY not in locked.stderr
     assert "private" not in locked.stderr

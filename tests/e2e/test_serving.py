@@ -35,7 +35,7 @@ def stream(service: ServiceProcess, prompt: str, max_tokens: int) -> str:
     text = ""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=120) as response:
-        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
     assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
@@ -219,7 +219,8 @@ def test_a_client_that_goes_away_frees_its_blocks(service: ServiceProcess, strea
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{service.url}/v1/completions", json=body)
-    wait_until(lambda: aborted() == before + 8, 1)
+    if not streamed:  # the client of a stream may come back
+        wait_until(lambda: aborted() == before + 8, 1)
     wait_until(lambda: service.metric("ryzanstein_kv_cache_used_blocks") == 0, 5)
 
 

@@ -1,4 +1,4 @@
-"""An orchestrator whose ranks follow a script: rank 0 dies between its READY and rank 1's."""
+"""An orchestrator whose ranks follow a script: in each epoch rank 0 dies between its READY and rank 1's."""
 
 import os
 import signal
@@ -7,13 +7,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import zmq
 
 from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.channel import Channel
-from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.config import RankSpec, config_hash, read_spec
 from engine.protocol.messages import Hello, Ready, Start
 
 START_RANKS = partial(RankProcesses, command=(sys.executable, "-m", "tests.fault.scripted_group", "--rank"))
@@ -24,7 +23,7 @@ def be_rank(spec: RankSpec, rank: int) -> None:
     control = Channel(context, spec.epoch, Start)
     control.connect(spec.control_endpoint(rank))
     control.send(Hello(spec.epoch, rank, os.getpid(), "here", "cpu", config_hash(spec.engine)))
-    is_dead = Path(spec.run_dir) / "steps-rank0-is-dead"
+    is_dead = Path(spec.run_dir) / f"steps-{spec.epoch}-rank0-is-dead"
     if rank == 1:
         while not is_dead.exists():
             time.sleep(0.001)
@@ -38,7 +37,7 @@ def be_rank(spec: RankSpec, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    spec = msgspec.json.decode(Path(sys.argv[-1]).read_bytes(), type=RankSpec)
+    spec = read_spec(Path(sys.argv[-1]))
     if "--rank" in sys.argv:
         be_rank(spec, int(os.environ["RANK"]))
     else:

@@ -4,13 +4,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import msgspec
 from torch import Tensor
 
 from engine.communication.handler import CommunicationHandler
 from engine.orchestrator.launcher import RankProcesses
 from engine.orchestrator.orchestrator import MultiGPUOrchestrator
-from engine.protocol.config import RankSpec
+from engine.protocol.config import read_spec
 from engine.worker.rank import run_rank
 
 START_RANKS = partial(RankProcesses, command=(sys.executable, "-m", "tests.fault.wrong_sums_group", "--rank"))
@@ -21,7 +20,7 @@ def forget_to_sum(_: CommunicationHandler, tensor: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    spec = msgspec.json.decode(Path(sys.argv[-1]).read_bytes(), type=RankSpec)
+    spec = read_spec(Path(sys.argv[-1]))
     if "--rank" in sys.argv:
         CommunicationHandler.all_reduce = forget_to_sum  # type: ignore[method-assign, assignment]
         sys.exit(run_rank(spec))

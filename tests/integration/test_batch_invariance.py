@@ -242,7 +242,7 @@ def make_runner(
         cache.key.fill_(torch.nan)
         cache.value.fill_(torch.nan)
     attention = attention_backend(computing, kv_caches)
-    return ModelRunner(model, attention, group, vocab_size=VOCAB_SIZE, device=CPU)
+    return ModelRunner(model, attention, group, vocab_size=VOCAB_SIZE, device=CPU, note_progress=lambda: None)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

@@ -38,6 +38,7 @@ def check_figures(item: dict[str, Any]) -> None:
         assert 0 < item["transfer_seconds"]["max"] <= item["seconds"]["max"]
 
 
+@pytest.mark.slow
 def test_each_operation_is_measured_at_each_size_over_shared_memory_and_gloo() -> None:
     done = bench("-tp", "2", "--runs", "1", "--json")
     assert (done.returncode, done.stderr) == (0, "")

@@ -59,6 +59,7 @@ def bench(leftovers: Leftovers, *arguments: object) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_ranks_are_measured_beside_one_rank(model: Path, leftovers: Leftovers) -> None:
     options = ("-tp", 2, "--threads", 1, "--compare", "--batch", "1,3", *SHORT, "--json")
     done = bench(leftovers, "decode", model, *options)

@@ -102,6 +102,7 @@ def test_each_form_is_measured_at_each_number_of_ranks(
     assert len(found["weight_bytes"]) == len(found["warm"]["bytes_read"]) == tp_size
 
 
+@pytest.mark.slow
 def test_each_rank_of_as_many_as_saved_it_reads_its_own_bytes(folder: Path, leftovers: Leftovers) -> None:
     found = document(leftovers, folder / "tp2", "-tp", 2, "--runs", 2, "--no-cold")
     check_phase(found["warm"], runs=2)

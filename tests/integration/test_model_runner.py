@@ -54,7 +54,14 @@ def runner(checkpoint: Path, each_kernels: str) -> ModelRunner:
         dtype=torch.float32,
         device=CPU,
     )
-    return ModelRunner(model, attention_backend(kernels, kv_caches), group, vocab_size=VOCAB_SIZE, device=CPU)
+    return ModelRunner(
+        model,
+        attention_backend(kernels, kv_caches),
+        group,
+        vocab_size=VOCAB_SIZE,
+        device=CPU,
+        note_progress=lambda: None,
+    )
 
 
 @dataclass

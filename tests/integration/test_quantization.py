@@ -113,7 +113,12 @@ def perplexity(kernels: Kernels, quantization: str) -> float:
 
 @pytest.mark.parametrize(
     ("name", "is_batch_invariant"),
-    [(name, invariant) for name in usable_kernels() for invariant in (False, True) if name != "torch" or not invariant],
+    [
+        pytest.param(name, invariant, marks=[pytest.mark.slow] * (place > 0))  # all but what is taken by default
+        for place, name in enumerate(usable_kernels())
+        for invariant in (False, True)
+        if name != "torch" or not invariant
+    ],
 )
 def test_perplexity_of_the_embedded_model_is_within_a_hundredth(name: str, is_batch_invariant: bool) -> None:
     kernels = kernels_named(name, torch.bfloat16, is_batch_invariant=is_batch_invariant)

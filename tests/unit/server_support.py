@@ -32,6 +32,7 @@ from engine.protocol.messages import (
     TokenOutput,
 )
 from engine.protocol.model_config import ModelConfig
+from server.admission import AdmissionQueue
 from server.app import create_app
 from server.config import ServerConfig
 from server.credentials import Credentials
@@ -42,6 +43,7 @@ from server.logs import REQUEST_ID
 from server.metrics import Metrics
 from server.model_files import ModelFiles
 from server.service import Service, TextModel
+from server.streams import StreamStore
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = (
@@ -165,6 +167,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.script: Callable[[Request], str] = lambda request: f"choice {request.sampling.choice_index}"
         self.step_seconds = 0.0
+        self.is_paused = False  # takes requests and emits nothing
         self.fails_after: int | None = None  # tokens
         self.batches: list[RequestBatch] = []
         self._tokenizer = tokenizer
@@ -196,14 +199,17 @@ class ScriptedEngine:
         self.batches.append(batch)
         for request in batch.new:
             ids = self._tokenizer.encode(self.script(request), add_special_tokens=False).ids
-            self._running[request.request_id] = _Sequence(request, [*ids, self._eos])
+            sequence = _Sequence(request, [*ids, self._eos], len(request.received_token_ids))
+            sequence.has_scored = request.num_received_prompt_logprobs > 0
+            self._running[request.request_id] = sequence
         for request_id in batch.aborted:
             self._running.pop(request_id, None)
 
     async def _step(self, channel: AsyncChannel) -> None:
         for step in range(10**9):
             await asyncio.sleep(self.step_seconds or 0.001)
-            outputs = [sequence.next(self.fails_after) for sequence in self._running.values()]
+            running = [] if self.is_paused else self._running.values()
+            outputs = [sequence.next(self.fails_after) for sequence in running]
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._running[output.request_id]
@@ -231,10 +237,11 @@ class ServerLog(logging.Handler):
 class RunningServer:
     """The server in a thread, with its scripted engine."""
 
-    def __init__(self, model: Path, *, ready: bool, config: ServerConfig) -> None:
+    def __init__(self, model: Path, *, ready: bool, config: ServerConfig, max_num_seqs: int) -> None:
         self.engine = ScriptedEngine(Tokenizer.from_file(str(model / "tokenizer.json")))
         self._model = model
         self._ready = ready
+        self._max_num_seqs = max_num_seqs
         self._config = replace(config, served_model_name="scripted")
         self._credentials = Credentials.load(config)
         self._started = threading.Event()
@@ -254,36 +261,39 @@ class RunningServer:
 
     def call(self, action: Callable[[], None]) -> None:
         """Run `action` in the server's loop."""
-        self._loop.call_soon_threadsafe(action)
+        self.loop.call_soon_threadsafe(action)
 
     def fail(self, reason: str) -> None:
         """End everything in flight as the loss of the engine does."""
-        asyncio.run_coroutine_threadsafe(self.client.close(reason), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.queue.close(reason), self.loop).result(10)
 
     def send(self, report: StatsReport) -> None:
         """Have the engine send statistics."""
-        asyncio.run_coroutine_threadsafe(self._channel.send(report), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._channel.send(report), self.loop).result(10)
 
     async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         context = zmq.asyncio.Context()
         metrics = Metrics()
         self.client = EngineClient(context, metrics)
+        self.queue = AdmissionQueue(self.client, metrics, self._config, self._max_num_seqs)
         files = ModelFiles.read(str(self._model))
         text_model = TextModel.load(files, self._config, ModelConfig.from_directory(self._model))
-        app = create_app(Service(text_model, self.client, metrics, self._config), self._config, self._credentials)
-        self._http = HTTPServer(app, self._config, self._credentials)
+        streams = StreamStore(self._config.stream_resume_timeout, self._config.stream_resume_memory, metrics)
+        self.service = Service(text_model, self.queue, metrics, self._config, streams)
+        app = create_app(self.service, self._config, self._credentials)
+        self._http = HTTPServer(app, self._config, self._credentials, metrics.slow_clients.inc)
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
             self._channel = AsyncChannel(context, 1, RequestBatch)
             endpoint = self._channel.bind(f"ipc://{folder}/engine")
             running = asyncio.create_task(self.engine.run(self._channel))
             if self._ready:
                 self.client.connect(ready_status(endpoint))
-            self._loop.call_soon(self._started.set)
+            self.loop.call_soon(self._started.set)
             await self._http.serve([self._listener])
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            await self.client.close("stopped")
+            await self.queue.close("stopped")
             self._channel.close()
             context.destroy(linger=0)
 
@@ -300,8 +310,10 @@ def ready_status(endpoint: str) -> GroupStatus:
 
 
 @contextmanager
-def running_server(model: Path, *, ready: bool = True, **options: Any) -> Iterator[RunningServer]:
-    server = RunningServer(model, ready=ready, config=ServerConfig(**options))
+def running_server(
+    model: Path, *, ready: bool = True, max_num_seqs: int = 64, **options: Any
+) -> Iterator[RunningServer]:
+    server = RunningServer(model, ready=ready, config=ServerConfig(**options), max_num_seqs=max_num_seqs)
     server.start()
     try:
         yield server
@@ -320,9 +332,11 @@ def post(server: RunningServer, path: str, body: object) -> httpx.Response:
 
 
 def events(response: httpx.Response) -> list[str]:
-    """Return a stream's events."""
+    """Return the data of a stream's events, which are numbered."""
     assert response.headers["content-type"].startswith("text/event-stream")
-    return [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+    numbered = [event.split("\n") for event in response.text.split("\n\n") if event]
+    assert [number for number, _ in numbered] == [f"id: {number + 1}" for number in range(len(numbered))]
+    return [data.removeprefix("data: ") for _, data in numbered]
 
 
 def body_of(base: dict[str, Any], changed: dict[str, Any]) -> bytes:

@@ -12,6 +12,8 @@ from engine.protocol.config import EngineConfig, config_hash
         ({"kv_cache_memory": 2**60}, "--kv-cache-memory must be between 1 and 281474976710656"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda, not 'tpu'"),
         ({"dtype": "int3"}, "--dtype must be one of"),
+        ({"rank_timeout": 0.5}, "--rank-timeout must be between 1 and 86400 seconds, not 0.5"),
+        ({"rank_timeout": float("nan")}, "--rank-timeout must be between 1 and 86400 seconds, not nan"),
         ({"num_kv_blocks": 1, "kv_cache_memory": 1}, "--num-kv-blocks and --kv-cache-memory both size the KV cache"),
     ],
 )

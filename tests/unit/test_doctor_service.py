@@ -55,6 +55,7 @@ def test_a_port_in_use_fails_in_servings_words() -> None:
         ({"host": "::1"}, OK, "only this machine reaches"),
         ({"host": "0.0.0.0"}, WARNING, "whoever reaches 0.0.0.0:0 may use the API"),
         ({"host": "0.0.0.0", "api_key": "secret"}, OK, "an API key; plain HTTP"),
+        ({"api_key_file": "{keys}"}, OK, "2 API keys; plain HTTP"),
         ({"api_key_file": "/no/such/file"}, FAILURE, "--api-key-file /no/such/file: No such file or directory"),
         ({"ssl_certfile": "/no/such/file"}, FAILURE, "--ssl-certfile /no/such/file: No such file or directory"),
     ],
@@ -62,6 +63,9 @@ def test_a_port_in_use_fails_in_servings_words() -> None:
 def test_an_api_that_is_open_to_others_is_warned_of(
     options: dict[str, str], status: CheckStatus, words: str, tmp_path: Path
 ) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("- {name: a, key: secret-1}\n- {name: b, key: secret-2}\n")
+    options = {name: value.format(keys=keys) for name, value in options.items()}
     result = examined(write_model(tmp_path), **options)["API key and TLS"]
     assert result.status is status
     assert words in result.detail

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from engine.orchestrator.handshake import Handshake, HandshakeError
-from engine.protocol.config import EMBEDDED_MODEL, EngineConfig, config_hash
+from engine.orchestrator.handshake import Agreement, Handshake, HandshakeError
+from engine.protocol.config import EMBEDDED_MODEL, EngineConfig, RankSpec, config_hash
 from engine.protocol.messages import Hello, Ready, Start, Started
 from engine.protocol.model_config import ModelConfig
 from tests.configs import model_config
@@ -86,3 +86,30 @@ def test_ranks_with_different_weights_are_refused() -> None:
     group.hear_ready(ready(0, 8))
     with pytest.raises(HandshakeError, match="ranks 0 and 1 loaded different weights"):
         group.hear_ready(ready(1, 8, fingerprint="other"))
+
+
+def test_a_group_behind_another_begins_with_what_that_had() -> None:
+    before = complete(engine_config(), (7, 9))
+    agreements = [before.agreement]
+    for rank in range(2):
+        before.hear_started(Started(epoch=1, rank=rank))
+    agreements.append(before.agreement)
+    assert agreements == [None, Agreement(7, before.start().max_model_len, "same")]
+    group = Handshake(engine_config(), MODEL, 2, agreements[1])
+    for rank in range(2):
+        group.hear_ready(ready(rank, 3))
+    first = before.start()
+    assert group.start() == Start(2, first.num_kv_blocks, first.max_model_len)
+
+
+def test_a_group_with_other_weights_than_the_one_before_is_refused() -> None:
+    group = Handshake(engine_config(), MODEL, 2, Agreement(7, 16, "other"))
+    with pytest.raises(HandshakeError, match="others than those that the service began with"):
+        group.hear_ready(ready(0, 7))
+    Handshake(engine_config(), MODEL, 2, Agreement(7, 16)).hear_ready(ready(0, 7))  # what was before is not known
+
+
+def test_a_launch_may_be_told_what_the_groups_before_had() -> None:
+    spec = RankSpec(engine=engine_config(), epoch=3, run_dir="/nowhere")
+    assert Agreement.of(spec) is None
+    assert Agreement.of(replace(spec, num_kv_blocks=5, max_model_len=80)) == Agreement(5, 80)

@@ -9,16 +9,26 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.protocol.messages import GroupState, GroupStatus, HistogramDelta, RankStats, SchedulerStats, StatsReport
+from engine.protocol.messages import (
+    GroupState,
+    GroupStatus,
+    HistogramDelta,
+    RankStats,
+    Recovery,
+    SchedulerStats,
+    StatsReport,
+)
 from engine.protocol.stats import TIME_BUCKETS
 from server.text.chat_template import ChatTemplate
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,
+    MAX_MODEL_LEN,
     MESSAGES,
     RunningServer,
     post,
     raw_exchange,
+    ready_status,
     running_server,
     wait_until,
     write_model,
@@ -77,6 +87,38 @@ def test_loading_shows_in_readiness_and_in_a_gauge(model: Path) -> None:
         assert metric(server, gauge) == 0
 
 
+def test_a_recovery_shows_in_readiness_while_it_lasts_and_afterwards(server: RunningServer) -> None:
+    recovery = Recovery("rank 1 was killed by SIGKILL", 1700000000.5, ["a"], {"kill": 0.25}, "died")
+    place = server.client.status.engine_endpoint
+    last = {"cause": recovery.cause, "kind": "died", "noticed_at": 1700000000.5, "seconds": {"kill": 0.25}}
+
+    def lose() -> None:
+        server.client.lose(
+            GroupStatus(2, GroupState.RECOVERING, loaded_bytes=3, total_bytes=4, recovery=recovery),
+        )
+
+    assert "last_recovery" not in httpx.get(f"{server.url}/ready").json()
+    server.call(lose)
+    readiness = httpx.get(f"{server.url}/ready")
+    assert readiness.status_code == 503
+    assert readiness.json() == {
+        "state": "RECOVERING",
+        "epoch": 2,
+        "ranks": [],
+        "error": None,
+        "loaded_bytes": 3,
+        "total_bytes": 4,
+        "last_recovery": last,
+    }
+    assert metric(server, 'engine_state{state="RECOVERING"}') == 1
+    assert metric(server, "engine_ready") == 0
+    assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"] == MAX_MODEL_LEN
+    server.call(lambda: server.client.connect(ready_status(place)))
+    readiness = httpx.get(f"{server.url}/ready")
+    assert readiness.status_code == 200
+    assert readiness.json()["last_recovery"] == last
+
+
 def test_all_is_loaded_when_the_engine_is_ready(idle_server: RunningServer) -> None:
     assert metric(idle_server, "weights_loaded_ratio") == 1
 
@@ -122,7 +164,7 @@ def test_version_docs_and_schema_are_served(idle_server: RunningServer) -> None:
         assert httpx.get(idle_server.url + asset).status_code == 200
     schema = httpx.get(f"{idle_server.url}/openapi.json").json()
     operation = schema["paths"][CHAT]["post"]
-    assert {"200", "400", "404", "413", "500", "503"} == set(operation["responses"])
+    assert {"200", "400", "404", "413", "429", "500", "503", "504"} == set(operation["responses"])
     assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     prompt = schema["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert [item["type"] for item in prompt["anyOf"]] == ["string", "array", "array", "array"]
@@ -134,6 +176,7 @@ def test_operations_have_readable_summaries(idle_server: RunningServer) -> None:
     assert summaries == {
         COMPLETIONS: "Continue a text",
         CHAT: "Answer a conversation",
+        "/v1/streams/{stream_id}": "Go on with a stream",
         "/tokenize": "Text to token ids",
         "/detokenize": "Token ids to text",
         "/v1/models": "List the models",

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from server.api_keys import APIKey
 from server.config import ServerConfig
 from server.credentials import Credentials
 from tests.unit.server_support import RunningServer, running_server
@@ -65,7 +66,7 @@ def key_file(folder: Path, content: bytes) -> ServerConfig:
 
 @pytest.mark.parametrize("content", [b"sk-1", b"sk-1\n", b"sk-1\r\n"])
 def test_a_key_file_may_end_its_line(tmp_path: Path, content: bytes) -> None:
-    assert Credentials.load(key_file(tmp_path, content)).api_key == "sk-1"
+    assert Credentials.load(key_file(tmp_path, content)).keys == (APIKey("default", "sk-1"),)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,11 @@ def test_secrets_are_not_in_the_text_of_the_objects_that_hold_them() -> None:
     config = ServerConfig(api_key="sk-1", ssl_certfile="x", ssl_keyfile_password=PASSWORD)
     assert "sk-1" not in repr(config)
     assert PASSWORD not in repr(config)
-    assert "sk-1" not in repr(Credentials(api_key="sk-1"))
+    assert "sk-1" not in repr(Credentials((APIKey("default", "sk-1"),)))
 
 
 def test_there_is_neither_key_nor_certificate_by_default() -> None:
-    assert Credentials.load(ServerConfig()) == Credentials(None, None)
+    assert Credentials.load(ServerConfig()) == Credentials((), None)
 
 
 def test_requests_are_served_over_tls(secure: RunningServer, files: Files) -> None:

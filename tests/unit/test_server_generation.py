@@ -6,10 +6,13 @@ import zmq.asyncio
 
 from engine.protocol.channel import AsyncChannel
 from engine.protocol.messages import FinishReason, RequestBatch, SamplingParams, TokenBatch, TokenOutput
+from server.admission import AdmissionQueue
+from server.api_keys import ANONYMOUS
 from server.choice import TextOptions
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Generation, GenerationPlan
+from server.limits import QueueLimits
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from tests.unit.server_support import byte_level_tokenizer, ready_status
@@ -19,9 +22,12 @@ async def texts_before_an_error(tokenizer: Tokenizer, folder: Path) -> tuple[lis
     """Return the texts of a request whose tokens arrive together with its error, and that error."""
     context = zmq.asyncio.Context()
     rank = AsyncChannel(context, 1, RequestBatch)
-    client = EngineClient(context, Metrics())
+    metrics = Metrics()
+    client = EngineClient(context, metrics)
+    queue = AdmissionQueue(client, metrics, QueueLimits(), 8)
     client.connect(ready_status(rank.bind(f"ipc://{folder}/engine")))
-    plan = GenerationPlan("r", [[5]], SamplingParams(max_tokens=9), 2, 2, TextOptions(), time.perf_counter())
+    sampling, arrival = SamplingParams(max_tokens=9), time.perf_counter()
+    plan = GenerationPlan("r", [[5]], sampling, 2, 2, TextOptions(), arrival, key=ANONYMOUS, deadline=None)
     texts: list[str] = []
     message = ""
     ids = tokenizer.encode("abc", add_special_tokens=False)
@@ -33,9 +39,11 @@ async def texts_before_an_error(tokenizer: Tokenizer, folder: Path) -> tuple[lis
         await rank.send(TokenBatch(epoch=1, step=0, outputs=outputs))
 
     answering = asyncio.create_task(answer())
+    generation = Generation(queue, tokenizer.token_bytes, plan)
+    generation.submit()
     try:
-        async for deltas in Generation(client, tokenizer.token_bytes, plan).deltas():
-            texts += [delta.text for delta in deltas]
+        while not generation.has_ended:
+            texts += [delta.text for delta in await generation.next()]
     except APIError as error:
         message = error.message
     await answering

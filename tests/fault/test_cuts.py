@@ -1,0 +1,100 @@
+"""What connects processes breaks, or there is no room for it: a pause where it can be mended, else one clear line."""
+
+import ctypes
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.disks import mounted_disk
+from tests.fault.crowd import Crowd
+from tests.fault.test_chaos import EXACT, RANK_TIMEOUT, bodies, check, ready_of, undisturbed
+from tests.service_process import ServiceProcess, wait_until
+
+PIDFD_GETFD = 438  # of every architecture
+CONNECTED = "03"  # in /proc/net/unix
+
+
+def cut(pid: int, name: str) -> int:
+    """Shut down a process's connected sockets that are bound to a path with `name` in it; return how many."""
+    inodes = {
+        fields[6]
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]
+        if len(fields := line.split()) == 8 and name in fields[7] and fields[5] == CONNECTED
+    }
+    return sum(_shut_down(pid, descriptor) for descriptor in _descriptors(pid, inodes))
+
+
+def _descriptors(pid: int, inodes: set[str]) -> Iterator[int]:
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if str(entry.readlink()).removeprefix("socket:[").removesuffix("]") in inodes:
+            yield int(entry.name)
+
+
+def _shut_down(pid: int, descriptor: int) -> bool:
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, pidfd, descriptor, 0)
+        if copy < 0:
+            pytest.skip(f"sockets of other processes cannot be had here: {os.strerror(ctypes.get_errno())}")
+        with socket.socket(fileno=copy) as theirs:
+            theirs.shutdown(socket.SHUT_RDWR)
+    finally:
+        os.close(pidfd)
+    return True
+
+
+@pytest.mark.parametrize("name", ["engine-", "steps-"])
+def test_a_link_that_is_cut_is_a_pause(name: str) -> None:
+    requests = bodies(8, 100)
+    with ServiceProcess("-tp", "2", *EXACT, "--rank-timeout", str(RANK_TIMEOUT)) as service:
+        expected = undisturbed(service, requests)
+        with Crowd(service.url, requests) as crowd:
+            for share in (1, 2, 3):
+                crowd.wait_for_tokens(200 * share)
+                assert cut(ready_of(service)["ranks"][0]["pid"], name) == 1
+            streams = crowd.finish()
+        check(streams, expected)
+        if name == "engine-":  # of the other nothing is lost where no step was on its way: it is connected again
+            assert service.metric("ryzanstein_recoveries_total") >= 1
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted_disk(tmp_path / "disk", "4m") as disk:
+        yield disk
+
+
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                return
+
+
+def test_a_rank_that_dies_while_the_disk_is_full_is_a_pause_or_one_clear_line(disk: Path) -> None:
+    with ServiceProcess("-tp", "2", environment={"TMPDIR": str(disk)}) as service:
+        service.complete(prompt="a", max_tokens=2)
+        fill(disk)
+        os.kill(service.rank_pids()[1], signal.SIGKILL)
+        wait_until(lambda: service.process.poll() is not None or is_ready(service, 2), 60)
+        if service.process.poll() is None:
+            assert service.complete(prompt="a", max_tokens=2)
+        else:
+            assert service.process.returncode == 1
+            assert "No space left on device" in service.stderr.splitlines()[-1]
+            assert "Traceback" not in service.stderr
+
+
+def is_ready(service: ServiceProcess, epoch: int) -> bool:
+    try:
+        ready = ready_of(service)
+    except httpx.HTTPError:
+        return False
+    return bool(ready["state"] == "READY" and ready["epoch"] >= epoch)
