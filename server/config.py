@@ -100,6 +100,8 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
             raise ValueError(
                 f"--stream-resume-memory must be between 1 and 2**48 bytes, not {self.stream_resume_memory}"
             )
+        if not self.stream_resume_timeout and self.stream_resume_memory != ServerConfig.stream_resume_memory:
+            raise ValueError("--stream-resume-memory has no effect with --stream-resume-timeout 0")
 
     def _check_tls(self) -> None:
         if self.ssl_cert_reqs not in (0, 1, 2):

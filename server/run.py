@@ -83,13 +83,15 @@ async def _serve(
     http = HTTPServer(create_app(service, config, credentials), config, credentials, metrics.slow_clients.inc)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
+    reason = "The server failed."
     try:
         await asyncio.wait((serving, supervising, stopping), return_when=asyncio.FIRST_COMPLETED)
         if stopping.done():
             await _drain(service.drain, http, config.drain_timeout, serving, (supervising, hurrying))
         failure = supervising.result() if supervising.done() else None
-        await queue.close(STOPPING if failure is None else f"The engine failed: {failure.error}")
+        reason = STOPPING if failure is None else f"The engine failed: {failure.error}"
     finally:
+        await queue.close(reason)
         loading.close()
         for task in (supervising, hurrying):
             task.cancel()

@@ -21,6 +21,7 @@ STREAM_RESPONSES: _Responses = {
     204: {"description": "The client has the stream's last event."},
     400: {"model": ErrorResponse, "description": "Last-Event-ID is not the number of an event of the stream."},
     404: {"model": ErrorResponse, "description": "There is no such stream, or not any more."},
+    429: {"model": ErrorResponse, "description": "The API key has as many requests in progress as it may have."},
 }
 GENERATION_RESPONSES: _Responses = {
     200: {

@@ -18,7 +18,7 @@ import pytest
 from tests.leftovers import Leftovers
 from tests.service_process import ServiceProcess, wait_until
 
-NUM_STREAMS = 16
+NUM_STREAMS = 64
 BODY: dict[str, Any] = {"prompt": "def f(", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 ENDLESS = {**BODY, "max_tokens": 1000}
 AT_ONCE = 5.0  # seconds
@@ -62,7 +62,7 @@ def wait_until_draining(service: ServiceProcess) -> None:
     wait_until(lambda: httpx.get(f"{service.url}/ready").json()["state"] == "DRAINING", 10)
 
 
-def test_sixteen_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftovers: Leftovers) -> None:
+def test_all_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftovers: Leftovers) -> None:
     with ServiceProcess("-tp", "2", environment=leftovers.environment) as service:
         processes = service.descendants()
         streams = Streams(service, BODY, NUM_STREAMS)
@@ -78,6 +78,20 @@ def test_sixteen_streams_finish_whole_while_new_requests_are_sent_elsewhere(left
     for events in streams.events:
         assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
     assert "Traceback" not in service.stderr
+
+
+def test_a_rank_that_dies_while_streams_finish_is_a_pause(leftovers: Leftovers) -> None:
+    with ServiceProcess("-tp", "2", environment=leftovers.environment) as service:
+        processes = service.descendants()
+        streams = Streams(service, BODY, 8)
+        service.process.terminate()
+        wait_until_draining(service)
+        os.kill(service.rank_pids()[1], signal.SIGKILL)
+        assert streams.ends() == ["[DONE]"] * 8
+        assert service.process.wait(20) == 0
+        leftovers.check(processes)
+    for events in streams.events:
+        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -55,6 +55,7 @@ def test_root_paths_are_like_folders(root_path: str) -> None:
         ({"slow_client_timeout": 0.0}, "--slow-client-timeout"),
         ({"stream_resume_timeout": float("nan")}, "--stream-resume-timeout"),
         ({"stream_resume_memory": 0}, "--stream-resume-memory"),
+        ({"stream_resume_memory": 9, "stream_resume_timeout": 0.0}, "--stream-resume-memory has no effect"),
         ({"max_body_size": 2**50}, "--max-body-size"),
         ({"allowed_origins": ("example.org",)}, "--allowed-origins"),
         ({"allowed_origins": ("https://example.org/",)}, "--allowed-origins"),
