@@ -50,7 +50,7 @@ def be_ranks() -> None:
 
 
 def orchestrate(spec_path: Path) -> int:
-    forks = ForkServer((sys.executable, "-P", "-m", "tests.fault.odd_group", "--ranks"))
+    forks = ForkServer((sys.executable, "-m", "tests.fault.odd_group", "--ranks"))
     try:
         return MultiGPUOrchestrator(read_spec(spec_path), spec_path=spec_path, start_ranks=forks.start_ranks).run()
     finally:

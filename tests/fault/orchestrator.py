@@ -5,7 +5,7 @@ import sys
 
 from engine.orchestrator import launcher
 
-launcher.RANK_COMMAND = (sys.executable, "-P", "-m", "tests.fault.worker")
+launcher.RANK_COMMAND = (sys.executable, "-m", "tests.fault.worker")
 
 if __name__ == "__main__":
     runpy.run_module("engine.orchestrator", run_name="__main__")

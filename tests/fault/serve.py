@@ -7,7 +7,7 @@ import sys
 
 from server import early_engine
 
-early_engine.ORCHESTRATOR = (sys.executable, "-P", "-m", "tests.fault.orchestrator")
+early_engine.ORCHESTRATOR = (sys.executable, "-m", "tests.fault.orchestrator")
 
 if __name__ == "__main__":
     from server.__main__ import main

@@ -18,18 +18,18 @@ import pytest
 from engine.protocol.config import EMBEDDED_MODEL
 from tests.fault.crowd import Crowd, Stream
 from tests.oracle import Comparison, Reference
-from tests.service_process import ROOT, ServiceProcess, wait_until
+from tests.service_process import ServiceProcess, wait_until
 
 RECOVERY_SECONDS = 120.0  # generous: only a hang should exceed it
 RANK_TIMEOUT = 2
-FAULTY = (sys.executable, "-P", "-m", "tests.fault.serve", "serve", "--port", "0")
+FAULTY = (sys.executable, "-m", "tests.fault.serve", "serve", "--port", "0")
 EXACT = ("--dtype", "float32", "--batch-invariant")
 Disturbance = Callable[[dict[str, Any], random.Random], int]  # does something to a rank of /ready's, and says to which
 
 
 def faulty_service(*arguments: str, **faults: str) -> ServiceProcess:
     """Return a service whose ranks fail as `tests.fault.worker` says."""
-    environment = {"PYTHONPATH": str(ROOT), **{f"FAULTS_{name.upper()}": value for name, value in faults.items()}}
+    environment = {f"FAULTS_{name.upper()}": value for name, value in faults.items()}
     return ServiceProcess(command=[*FAULTY, *arguments], environment=environment)
 
 

@@ -17,7 +17,7 @@ from tests.engine_process import EngineFailedError, EngineProcess
 from tests.leftovers import SHARED_MEMORY
 from tests.service_process import wait_until
 
-FAULTS = ("-P", "-m", "tests.fault.orchestrator")
+FAULTS = ("-m", "tests.fault.orchestrator")
 ODD_GROUP = ("-m", "tests.fault.odd_group")
 MANY = SamplingParams(max_tokens=900, temperature=0.0)
 SOME = SamplingParams(max_tokens=200, temperature=0.0)
