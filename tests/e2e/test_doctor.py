@@ -111,9 +111,7 @@ QUICK = (  # one for each stage at which serving finds it; the others run with t
     "an unknown architecture",
     "heads that do not split",
     "a missing tensor",
-    "a broken chat template",
     "a context that does not fit the cache",
-    "a cache that no memory holds",
     "an address that is none",
 )
 

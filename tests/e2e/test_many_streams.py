@@ -91,7 +91,7 @@ def is_near_tie(reference: Reference, tokenizer: Tokenizer, prompt: str, texts: 
     return False
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_64_streams_at_once_get_the_text_of_a_lone_request(
     tp_size: int, device: str, tell: Callable[[str], None]
 ) -> None:

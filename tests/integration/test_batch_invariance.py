@@ -253,7 +253,7 @@ def test_logits_are_the_same_bits_whatever_was_computed_when_and_beside_what(
     check_bits(run_on_ranks(bits, tp_size, checkpoint, each_instruction_set, dtype)[0])
 
 
-@pytest.mark.parametrize(("dtype", "tp_size"), [("float32", 1), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "tp_size"), [("float32", 1), pytest.param("bfloat16", 2, marks=pytest.mark.slow)])
 def test_so_they_are_with_int8_matrices(dtype: str, tp_size: int, each_instruction_set: str, checkpoint: Path) -> None:
     check_bits(run_on_ranks(bits, tp_size, checkpoint, each_instruction_set, dtype, "int8")[0])
 

@@ -64,7 +64,9 @@ def test_the_last_words_of_ranks_that_fall_silent_are_heard(group: EngineProcess
     stalling.join()
 
 
-def test_a_rank_that_dies_while_it_loads_ends_the_group_with_its_name(group: EngineProcess, tmp_path: Path) -> None:
+def test_ranks_that_die_again_and_again_while_they_load_end_the_group_with_a_name(
+    group: EngineProcess, tmp_path: Path
+) -> None:
     def let_it_die() -> None:
         group.wait_until_heard(lambda status: status.total_bytes > 0)
         (tmp_path / "die").touch()
@@ -74,4 +76,4 @@ def test_a_rank_that_dies_while_it_loads_ends_the_group_with_its_name(group: Eng
     with pytest.raises(EngineFailedError, match=r"rank \d .* was killed by SIGKILL"), group:
         pass
     dying.join()
-    assert [status.state for status in group.statuses[-2:]] == [GroupState.STARTING, GroupState.FAILED]
+    assert [status.state for status in group.statuses[-2:]] == [GroupState.RECOVERING, GroupState.FAILED]

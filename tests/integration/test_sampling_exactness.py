@@ -67,7 +67,9 @@ class Run:
     texts: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=[0, 5], ids=["12 heads", "8 heads"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(0, id="12 heads"), pytest.param(5, id="8 heads", marks=pytest.mark.slow)]
+)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory = random_llama(tmp_path_factory.mktemp("llama"), request.param, vocab_size=VOCAB_SIZE)
     return Checkpoint(directory, Reference(directory))
