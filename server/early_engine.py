@@ -12,7 +12,7 @@ from pathlib import Path
 
 from server.environment import engine_environment
 
-ORCHESTRATOR = (sys.executable, "-P", "-m", "engine.orchestrator")
+ORCHESTRATOR: tuple[str, ...] = (sys.executable, "-P", "-m", "engine.orchestrator")
 
 
 class EarlyEngine:

@@ -14,7 +14,7 @@ from typing import Protocol
 from engine.protocol.environment import EPOCH_VARIABLE, PARENT_PID_VARIABLE, STORE_FD_VARIABLE
 from engine.worker.parent import adopt_orphans
 
-RANK_COMMAND = (sys.executable, "-P", "-m", "engine.worker")
+RANK_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "engine.worker")
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library starts its threads when it is loaded, before the fork
 REPLACE_SECONDS = 30.0  # that a process which ranks are forked from must have lived to be replaced before it is needed
 BUS_ERROR = (
