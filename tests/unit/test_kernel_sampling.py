@@ -154,6 +154,16 @@ def test_tokens_are_those_of_torch_for_ties_extremes_and_any_filters(
     check_against_torch(make_sampler(instruction_set, 1), torch.tensor([values]), [param], [position])
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.5}, {}])
+@pytest.mark.parametrize("place", [1, 30, 999])
+def test_a_logit_too_near_the_largest_for_a_score_of_its_own_comes_first_by_its_id(
+    place: int, filters: dict[str, Any], sampler: CPUSampler
+) -> None:
+    logits = torch.full((40, 1000), -math.inf)
+    logits[:, 0], logits[:, place] = -1e-45, 0.0
+    check_against_torch(sampler, logits, [params(temperature=2.0, seed=seed, **filters) for seed in range(40)])
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**32, 1234567890123456789, LARGEST_SEED])
 def test_flat_logits_give_the_token_with_the_largest_noise(seed: int, sampler: CPUSampler) -> None:
     num_rows, vocab_size = 40, 3000

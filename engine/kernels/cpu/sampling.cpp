@@ -116,7 +116,7 @@ class Row {
     } else if (maximum_ == -kInfinity) {
       token_ = kAllExcluded;
     } else {
-      token_ = first_of_maximum();
+      token_ = first_of_largest();
     }
     is_drawn_ = token_ >= 0 && params_->temperature > 0;
     if (!is_drawn_) return;
@@ -216,11 +216,16 @@ class Row {
     return mul(sub(logits_at(i), broadcast(maximum_)), broadcast(rough_factor_));
   }
 
-  int64_t first_of_maximum() const {
+  // The lowest id of the largest score, which every filter keeps, or of the largest logit where there are no scores. The
+  // two differ where a logit is so near the largest that its score is 0.
+  int64_t first_of_largest() const {
+    const bool has_scores = params_->temperature > 0;
     for (int64_t stripe = 0;; ++stripe) {
-      if (max_of_lanes(load(&maxima_[stripe * kLanes])) != maximum_) continue;
+      const float most = max_of_lanes(load(&maxima_[stripe * kLanes]));
+      if (has_scores ? score(most) < 0 : most < maximum_) continue;
       for (int64_t i = stripe * stripe_size_;; i += kLanes) {
-        const uint32_t found = at_least(logits_at(i), broadcast(maximum_));
+        const uint32_t found =
+            has_scores ? at_least(scores_at(i), zero()) : at_least(logits_at(i), broadcast(maximum_));
         if (found != 0) return i + __builtin_ctz(found);
       }
     }
@@ -391,7 +396,7 @@ class Row {
   std::vector<float> maxima_;  // [num_stripes, kLanes]
   std::vector<Part> parts_;
   float maximum_ = 0;
-  int64_t token_ = 0;  // the lowest id of the largest logit, or why there is none
+  int64_t token_ = 0;  // the lowest id of the largest score, or why there is none
   bool is_drawn_ = false;
   std::optional<Noise> noise_;
   float bound_ = 0;
