@@ -25,8 +25,10 @@ $(INSTALLED): pyproject.toml Makefile $(wildcard engine/kernels/cpu/*)
 serve: install
 	$(VENV)/bin/ryzanstein serve
 
+# Unit tests keep one core busy each. The others start several processes themselves.
 test: lint types
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 tests/architecture tests/unit
+	$(VENV)/bin/python -m pytest tests/e2e tests/fault tests/integration
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m slow

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "each_instruction_set" in metafunc.fixturenames:
         sets = [name for name in names if name != "torch"]
         metafunc.parametrize("each_instruction_set", sets, scope="session")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where pytest-xdist runs the tests in several processes, send each one's figures to the first."""
+    output: dict[str, list[str]] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["figures"] = session.config.stash[FIGURES]
+
+
+def pytest_testnodedown(node: Any) -> None:
+    output: dict[str, list[str]] = getattr(node, "workeroutput", {})  # none, if it crashed
+    node.config.stash[FIGURES].extend(output.get("figures", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -230,6 +230,15 @@ def parts(cache: Path) -> list[Path]:
     return [path for path in cache.rglob("*") if path.name.endswith(PART_SUFFIX)]
 
 
+def downloaded_size(cache: Path) -> int:
+    """Return the bytes in unfinished files; one may be finished, and so renamed, while they are counted."""
+    size = 0
+    for part in parts(cache):
+        with suppress(FileNotFoundError):
+            size += part.stat().st_size
+    return size
+
+
 @contextmanager
 def downloading_big() -> Iterator["subprocess.Popen[bytes]"]:
     """Start a download of org/big."""
@@ -244,7 +253,7 @@ def interrupt(hub: Hub, cache: Path) -> int:
     """Kill a download of org/big when some of it is here; return how much."""
     hub.bytes_per_second = 60e6
     with downloading_big() as process:
-        wait_until(lambda: sum(part.stat().st_size for part in parts(cache)) >= 10 << 20, 30)
+        wait_until(lambda: downloaded_size(cache) >= 10 << 20, 30)
         process.kill()
     hub.bytes_per_second = float("inf")
     (part,) = parts(cache)
@@ -299,7 +308,7 @@ def test_who_waited_for_a_download_that_is_killed_goes_on_where_it_was(hub: Hub,
         wait_until(lambda: parts(cache) != [], 30)
         with downloading_big() as other:
             wait_until(lambda: is_open_in(other, parts(cache)[0]), 30)
-            wait_until(lambda: sum(part.stat().st_size for part in parts(cache)) >= 10 << 20, 30)
+            wait_until(lambda: downloaded_size(cache) >= 10 << 20, 30)
             one.kill()
             hub.bytes_per_second = float("inf")
             assert other.stdout is not None
