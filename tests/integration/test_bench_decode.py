@@ -154,10 +154,10 @@ def started(model: Path, leftovers: Leftovers) -> tuple[psutil.Popen, list[psuti
         text=True,
     )
     deadline = time.monotonic() + SECONDS
-    while len(found := process.children(recursive=True)) < 3 and process.is_running() and time.monotonic() < deadline:
+    while len(found := process.children(recursive=True)) < 4 and process.is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(found) >= 3
-    return process, found
+    assert len(found) >= 4  # the orchestrator, what forks the ranks, and they
+    return process, sorted(found, key=lambda child: child.create_time())
 
 
 def test_a_signal_ends_it_with_its_engine(model: Path, leftovers: Leftovers) -> None:

@@ -32,7 +32,7 @@ ThreadPool::ThreadPool(int num_threads, const int* cpus, int64_t spin_ns)
 ThreadPool::~ThreadPool() { end(); }
 
 void ThreadPool::end() {
-  is_ending_ = true;
+  is_ending_.store(true, std::memory_order_relaxed);
   loop_.fetch_add(1, std::memory_order_seq_cst);
   futex_wake_all(loop_, false);
   for (std::thread& worker : workers_) worker.join();
@@ -42,34 +42,44 @@ void ThreadPool::run(int64_t num_chunks, Call call, const void* context) {
   num_chunks_ = num_chunks;
   call_ = call;
   context_ = context;
-  next_chunk_.store(0, std::memory_order_relaxed);
-  num_busy_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
-  loop_.fetch_add(1, std::memory_order_seq_cst);  // publishes all of the above
+  num_unfinished_.store(static_cast<uint32_t>(num_chunks), std::memory_order_relaxed);
+  const uint64_t loop = loop_.load(std::memory_order_relaxed) + 1;
+  unclaimed_.store(loop << 32 | static_cast<uint64_t>(num_chunks), std::memory_order_release);  // publishes the above
+  loop_.fetch_add(1, std::memory_order_seq_cst);
   if (num_asleep_.load(std::memory_order_seq_cst) > 0) futex_wake_all(loop_, false);
-  claim_chunks();
-  wait_for_workers();
+  call_chunks();
+  wait_for_chunks();
 }
 
 void ThreadPool::work(int index) {
   if (!cpus_.empty()) stay_on(cpus_[index]);
-  uint32_t seen = 0;
-  for (;;) {
+  for (uint32_t seen = 0;;) {
     seen = wait_for_loop(seen);
-    if (is_ending_) return;
-    claim_chunks();
-    const bool is_last = num_busy_.fetch_sub(1, std::memory_order_seq_cst) == 1;
-    if (is_last && is_caller_asleep_.load(std::memory_order_seq_cst)) futex_wake_all(num_busy_, false);
+    if (is_ending_.load(std::memory_order_relaxed)) return;
+    call_chunks();
   }
 }
 
-void ThreadPool::claim_chunks() {
-  for (;;) {
-    const int64_t chunk = next_chunk_.fetch_add(1, std::memory_order_relaxed);
-    if (chunk >= num_chunks_) return;
-    call_(context_, chunk);
-  }
+void ThreadPool::call_chunks() {
+  uint32_t num_finished = 0;
+  for (int64_t chunk; (chunk = claim_chunk()) >= 0; ++num_finished) call_(context_, chunk);
+  if (num_finished == 0) return;
+  const bool is_last = num_unfinished_.fetch_sub(num_finished, std::memory_order_seq_cst) == num_finished;
+  if (is_last && is_caller_asleep_.load(std::memory_order_seq_cst)) futex_wake_all(num_unfinished_, false);
 }
 
+// Returns a chunk that is this thread's from now on, or -1 where none is left.
+int64_t ThreadPool::claim_chunk() {
+  uint64_t unclaimed = unclaimed_.load(std::memory_order_relaxed);
+  while (static_cast<uint32_t>(unclaimed) != 0) {
+    if (unclaimed_.compare_exchange_weak(unclaimed, unclaimed - 1, std::memory_order_acquire)) {
+      return num_chunks_ - static_cast<uint32_t>(unclaimed);
+    }
+  }
+  return -1;
+}
+
+// Returns the number of the loop that has begun since `seen`.
 uint32_t ThreadPool::wait_for_loop(uint32_t seen) {
   const auto has_begun = [&] { return loop_.load(std::memory_order_acquire) != seen; };
   if (!spin_until(has_begun, spin_ns_)) {
@@ -77,14 +87,14 @@ uint32_t ThreadPool::wait_for_loop(uint32_t seen) {
     while (loop_.load(std::memory_order_seq_cst) == seen) futex_wait(loop_, seen, false);
     num_asleep_.fetch_sub(1, std::memory_order_relaxed);
   }
-  return seen + 1;
+  return loop_.load(std::memory_order_acquire);
 }
 
-void ThreadPool::wait_for_workers() {
-  const auto are_done = [&] { return num_busy_.load(std::memory_order_acquire) == 0; };
+void ThreadPool::wait_for_chunks() {
+  const auto are_done = [&] { return num_unfinished_.load(std::memory_order_acquire) == 0; };
   if (spin_until(are_done, spin_ns_)) return;
-  is_caller_asleep_.store(true, std::memory_order_seq_cst);  // seen by whoever leaves after the look below
-  while (const uint32_t busy = num_busy_.load(std::memory_order_seq_cst)) futex_wait(num_busy_, busy, false);
+  is_caller_asleep_.store(true, std::memory_order_seq_cst);  // seen by whoever finishes after the look below
+  while (const uint32_t left = num_unfinished_.load(std::memory_order_seq_cst)) futex_wait(num_unfinished_, left, false);
   is_caller_asleep_.store(false, std::memory_order_relaxed);
 }
 

@@ -1,5 +1,6 @@
-// The threads of one rank. They claim chunks of a loop one by one, so that a thread that is held up does not hold up the
-// others, and wait for the next loop by spinning for a moment, then in a futex.
+// The threads of one rank. They claim chunks of a loop one by one, and a loop is over when its chunks are: a thread that is
+// held up does not hold up the others, unless it has begun a chunk. They wait for the next loop by spinning for a moment,
+// then in a futex.
 #pragma once
 
 #include <atomic>
@@ -36,20 +37,24 @@ class ThreadPool {
   void run(int64_t num_chunks, Call call, const void* context);
   void work(int index);
   void end();
-  void claim_chunks();
+  void call_chunks();
+  int64_t claim_chunk();
   uint32_t wait_for_loop(uint32_t seen);
-  void wait_for_workers();
+  void wait_for_chunks();
 
   // Each on a cache line of its own: all threads write them.
-  alignas(64) std::atomic<int64_t> next_chunk_{0};
-  alignas(64) std::atomic<uint32_t> loop_{0};  // counts loops; a futex
-  alignas(64) std::atomic<uint32_t> num_busy_{0};  // workers that have not left the loop; a futex
+  // In the lower half how many chunks nobody has claimed, in the upper the loop's number: who comes late cannot take one
+  // loop's chunk for another's.
+  alignas(64) std::atomic<uint64_t> unclaimed_{0};
+  alignas(64) std::atomic<uint32_t> loop_{0};            // counts loops; a futex
+  alignas(64) std::atomic<uint32_t> num_unfinished_{0};  // chunks that have not returned; a futex
   alignas(64) std::atomic<int32_t> num_asleep_{0};
   alignas(64) std::atomic<bool> is_caller_asleep_{false};
+  // Of the present loop; to be read only between a chunk's claim and its end, since the next loop begins after all ends.
   int64_t num_chunks_ = 0;
   Call call_ = nullptr;
   const void* context_ = nullptr;
-  bool is_ending_ = false;
+  std::atomic<bool> is_ending_{false};
   const int64_t spin_ns_;
   const std::vector<int> cpus_;
   std::vector<std::thread> workers_;
