@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.leftovers import SHARED_MEMORY, Leftovers
 from tests.service_process import ServiceProcess, wait_until
 
 NUM_CLIENTS = 12
@@ -103,19 +104,24 @@ class Holdings:
     processes: int
     descriptors: dict[int, int]  # by process
     threads: dict[int, int]
-    segments: frozenset[str]
+    segments: dict[int, int]  # of shared memory, which have no names, that each has mapped
     files: frozenset[str]
 
 
-def holdings(service: ServiceProcess) -> Holdings:
+def holdings(service: ServiceProcess, folder: Path) -> Holdings:
+    """Return what `service`, whose TMPDIR is `folder`, holds."""
     processes = [psutil.Process(service.process.pid), *service.descendants()]
     return Holdings(
         len(processes),
         {process.pid: process.num_fds() for process in processes},
         {process.pid: process.num_threads() for process in processes},
-        frozenset(path.name for path in Path("/dev/shm").iterdir()),
-        frozenset(path.name for path in Path("/tmp").glob("ryzanstein-*/*")),
+        {process.pid: _maps(process.pid).count(f"{SHARED_MEMORY}/") for process in processes},
+        frozenset(str(path) for path in folder.rglob("*")),
     )
+
+
+def _maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
 
 
 def resident(service: ServiceProcess) -> int:
@@ -126,11 +132,12 @@ def resident(service: ServiceProcess) -> int:
 def soak(seconds: float, tell: Callable[[str], None]) -> None:
     seed = random.SystemRandom().randrange(2**32)
     tell(f"seed {seed}")
-    with ServiceProcess(*OPTIONS) as service:
+    with Leftovers() as leftovers, ServiceProcess(*OPTIONS, environment=leftovers.environment) as service:
         Users(service.url, 3, seed + 1).start().join()  # what is made once, is made
         service.wait_until_idle()
         wait_until(lambda: not _connections(service), SETTLE_SECONDS)
-        before = holdings(service)
+        before = holdings(service, leftovers.folder)
+        assert sum(before.segments.values()) > 0
         users = Users(service.url, seconds, seed)
         thread, samples = users.start(), list[int]()
         while thread.is_alive():
@@ -138,7 +145,7 @@ def soak(seconds: float, tell: Callable[[str], None]) -> None:
             time.sleep(SAMPLE_SECONDS)
         service.wait_until_idle()
         wait_until(lambda: not _connections(service), SETTLE_SECONDS)
-        wait_until(lambda: _has_no_more(holdings(service), before), SETTLE_SECONDS)
+        wait_until(lambda: _has_no_more(holdings(service, leftovers.folder), before), SETTLE_SECONDS)
     assert set(users.outcomes) <= EXPECTED, users.outcomes
     quarter = len(samples) // 4
     second, last = (statistics.fmean(part) for part in (samples[quarter : 2 * quarter], samples[-quarter:]))
@@ -155,10 +162,10 @@ def _connections(service: ServiceProcess) -> list[Any]:
 def _has_no_more(now: Holdings, before: Holdings) -> bool:
     return (
         now.processes == before.processes
-        and now.segments <= before.segments
         and now.files <= before.files
         and all(now.descriptors[pid] <= number for pid, number in before.descriptors.items())
         and all(now.threads[pid] <= number for pid, number in before.threads.items())
+        and all(now.segments[pid] <= number for pid, number in before.segments.items())
     )
 
 
