@@ -19,7 +19,8 @@ from server.errors import APIError, not_ready, timed_out, too_many
 from server.fair_queue import FairQueue
 from server.flights import Inbox
 from server.limits import QueueLimits
-from server.metrics import ABORT, QUEUE_FULL, Metrics
+from server.metrics.metrics import Metrics
+from server.metrics.table import ABORT, QUEUE_FULL
 
 
 class AdmissionInbox(Inbox):

@@ -24,7 +24,8 @@ from engine.protocol.messages import (
 )
 from server.errors import not_ready
 from server.flights import Flight, Inbox
-from server.metrics import ABORT, FIRST_TOKEN, Metrics
+from server.metrics.metrics import Metrics
+from server.metrics.table import ABORT, FIRST_TOKEN
 from server.suspects import Suspects
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.launch import EngineProcess
 from server.loading_progress import LoadingProgress
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model_source.sharded_weights import ShardedWeights
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal

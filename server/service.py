@@ -25,7 +25,7 @@ from server.drain import Drain
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Completion, Generation, GenerationPlan
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
 from server.streams import Stream, StreamStore

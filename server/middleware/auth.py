@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api_keys import ANONYMOUS, APIKey
 from server.errors import APIError, too_many
-from server.metrics import CONCURRENCY_LIMITED, RATE_LIMITED, Metrics
+from server.metrics.metrics import Metrics
+from server.metrics.table import CONCURRENCY_LIMITED, RATE_LIMITED
 from server.middleware.draining import STREAMS_FOLDER
 
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json")  # all others need a key

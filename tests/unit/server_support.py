@@ -40,7 +40,7 @@ from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.listener import listen
 from server.logs import REQUEST_ID
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model_files import ModelFiles
 from server.service import Service, TextModel
 from server.streams import StreamStore

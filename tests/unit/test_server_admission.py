@@ -18,7 +18,7 @@ from server.engine_client import EngineClient
 from server.errors import APIError, not_ready
 from server.flights import Inbox
 from server.limits import QueueLimits
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 LONG = 1000.0  # seconds
 

@@ -25,7 +25,7 @@ from server import engine_client
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.flights import Inbox
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 SCORE = TokenLogprobs(1, -0.5, 1, [], [])
 

@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from server.logs import REQUEST_ID, configure_logging
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from tests.unit.server_support import COMPLETIONS, RunningServer, ServerLog, raw_exchange, running_server
 
 

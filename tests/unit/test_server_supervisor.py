@@ -29,7 +29,7 @@ from engine.protocol.messages import (
 from server import supervisor
 from server.engine_client import EngineClient
 from server.launch import EngineProcess
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.supervisor import MAX_VAIN_RESTARTS, Supervisor
 
 SILENT = ("sh", "-c", "exec cat")  # an orchestrator that leaves the talking to the test
