@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
+from engine.protocol.logs import LOG_FORMATS, LOG_LEVELS, LogConfig
 from server.limits import MAX_TIMEOUT, QueueLimits, RequestLimits
 from server.model_source.config import ModelSourceConfig, is_hub_name
 
@@ -63,7 +64,12 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
         30.0, "seconds that requests have to finish after SIGTERM or Ctrl-C; 0: they end at once"
     )
     access_log: bool = option(True, "write one line for each request, without its body")
-    log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
+    log_level: str = option("info", "least important messages to write, by server and ranks", choices=LOG_LEVELS)
+    log_format: str = option(
+        "text",
+        "how the log is written to standard error; json: every process writes an object a line",
+        choices=LOG_FORMATS,
+    )
 
     def __post_init__(self) -> None:
         RequestLimits.__post_init__(self)
@@ -123,6 +129,11 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
             for name, default in (("allowed_methods", ANY), ("allowed_headers", ANY), ("allow_credentials", False)):
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name.replace('_', '-')} has no effect without --allowed-origins")
+
+    @property
+    def log(self) -> LogConfig:
+        """What all processes write to standard error."""
+        return LogConfig(self.log_level, self.log_format)
 
     def model_name(self, model: str) -> str:
         """Return the name under which the API offers `model`, which is a directory or a name on the hub."""

@@ -16,7 +16,7 @@ from engine.protocol.affinity import keep_process_on
 from engine.protocol.messages import GroupStatus
 from server.admission import AdmissionQueue
 from server.app import create_app
-from server.banner import banner, listening_url
+from server.banner import announce_ready, listening_url
 from server.config import ServerConfig
 from server.credentials import Credentials
 from server.drain import Drain
@@ -24,6 +24,7 @@ from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.launch import EngineProcess
 from server.loading_progress import LoadingProgress
+from server.logs import tell
 from server.metrics.metrics import Metrics
 from server.model_source.sharded_weights import ShardedWeights
 from server.service import Service, TextModel
@@ -67,7 +68,7 @@ async def _serve(
     client = EngineClient(context, metrics)
     queue = AdmissionQueue(client, metrics, config, process.spec.engine.max_num_seqs)
     ready = asyncio.Event()
-    loading = LoadingProgress(sys.stderr)
+    loading = LoadingProgress(sys.stderr, has_bar=not config.log.is_json)
     url = listening_url(listener, "http" if credentials.tls is None else "https")
 
     def announce(status: GroupStatus) -> None:
@@ -75,7 +76,7 @@ async def _serve(
         keep_process_on(status.service_cpus)
         if stop.first.is_set():  # nobody is to send anything any more
             return
-        sys.stderr.write(banner(status, process.spec, model.name, url) + "\n")
+        announce_ready(status, process.spec, model.name, url)
         weights.start_writing()
 
     streams = StreamStore(config.stream_resume_timeout, config.stream_resume_memory, metrics)
@@ -100,7 +101,7 @@ async def _serve(
         context.destroy(linger=0)
     if failure is not None:
         error = failure.error if ready.is_set() else weights.explain(failure.error)
-        sys.stderr.write(f"ryzanstein: error: {error}\n")
+        tell(logging.ERROR, error)
         return EXIT_USER_ERROR if failure.is_user_error and not ready.is_set() else EXIT_FAILED
     if not stopping.done():
         serving.result()  # the HTTP server ended by itself: raise what ended it

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from engine.protocol.environment import EPOCH_VARIABLE
+from engine.protocol.logs import LogConfig
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLLECTIVES = ("auto", "shared-memory", "gloo")
@@ -138,6 +139,7 @@ class RankSpec:
     weights: str = ""  # directory that the weights are read from, where it is not the model's own: the shard cache
     num_kv_blocks: int | None = None  # of the groups before this one, which all requests in flight were measured by …
     max_model_len: int | None = None  # … and their context; None: there were none that came to be READY
+    log: LogConfig = field(default_factory=LogConfig)  # of all processes
 
     @property
     def weights_directory(self) -> Path:

@@ -23,6 +23,7 @@ from engine.parallel.base import use_kernels
 from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.logs import write_json
 from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
 from engine.protocol.model_config import ModelConfig
 from engine.sampling.cpu_sampler import choose_sampler
@@ -71,7 +72,7 @@ def run_rank(spec: RankSpec) -> int:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the server's to answer
     rank = int(os.environ["RANK"])
-    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s rank {rank}: %(message)s")
+    _configure_logging(spec, rank)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     control = Channel(context, spec.epoch, Start)
     control.connect(spec.control_endpoint(rank))
@@ -91,6 +92,13 @@ def run_rank(spec: RankSpec) -> int:
         control.send(Failed(epoch=spec.epoch, rank=rank, error=one_line, is_user_error=is_user_error))
     _linger(context, control)
     return 1
+
+
+def _configure_logging(spec: RankSpec, rank: int) -> None:
+    if spec.log.is_json:
+        write_json(spec.log.level, process="rank", epoch=spec.epoch, rank=rank)
+    else:
+        logging.basicConfig(level=spec.log.level.upper(), format=f"%(levelname)s rank {rank}: %(message)s")
 
 
 def hello(spec: RankSpec, rank: int, device: torch.device, placement: Placement) -> Hello:
