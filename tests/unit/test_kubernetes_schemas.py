@@ -1,4 +1,4 @@
-"""Each manifest of deploy/kubernetes is one that a cluster takes: Kubernetes' own schemas, strictly, and those of others."""
+"""Each manifest of deploy/kubernetes is one that a cluster takes: by strict schemas, those of custom resources too."""
 
 import re
 import subprocess
