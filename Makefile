@@ -3,6 +3,8 @@
 # TORCH is where torch comes from: any requirement or options that pip takes. The CPU build of 2.13.0 is what is tested.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+BUILDER ?= docker
+IMAGE_TARGET ?= cpu
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
@@ -11,7 +13,7 @@ KERNEL_TESTS := $(addprefix tests/integration/test_, batch_invariance.py exactne
 	model_logits.py model_runner.py prefix_sharing.py sampling_exactness.py) \
 	tests/e2e/test_embedded_model.py tests/e2e/test_serving.py
 
-.PHONY: install serve docs test test-slow test-kernels coverage mutation lint types format dist clean
+.PHONY: install serve docs image test test-slow test-container test-kernels coverage mutation lint types format dist clean
 
 install: $(INSTALLED)
 
@@ -25,11 +27,23 @@ $(INSTALLED): pyproject.toml Makefile $(wildcard engine/kernels/cpu/*)
 serve: install
 	$(VENV)/bin/ryzanstein serve
 
+# IMAGE_TARGET is cpu or cuda, which needs a TORCH with CUDA. BUILDER may be podman or buildah, too.
+image:
+	$(BUILDER) build $(IMAGE_OPTIONS) --target $(IMAGE_TARGET) --tag ryzanstein:$(IMAGE_TARGET) \
+		--build-arg TORCH="$(TORCH)" --build-arg REVISION="$$(git rev-parse HEAD)" \
+		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" .
+
 test: lint types
 	$(VENV)/bin/python -m pytest
 
 test-slow: install
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m 'slow and not container'
+
+# Builds the image and runs it and docker-compose.yml, without a Docker daemon. Installs what it needs where it may, as root
+# on Debian; each test that misses something says what, and is skipped.
+test-container: install
+	-$(VENV)/bin/python -m tests.container.tools
+	$(VENV)/bin/python -m pytest -m container -rs
 
 test-kernels: install
 	for kernels in $$($(VENV)/bin/python -m tests.kernels); do \
