@@ -213,7 +213,7 @@ def test_the_key_is_where_the_secret_is_mounted(overlay: list[Manifest]) -> None
     assert key_file is not None
     assert str(Path(key_file).parent) == mount["mountPath"]
     secret = volume(one(overlay, "Deployment"), "api-key")["secret"]
-    assert "optional" not in secret
+    assert secret["optional"] is False
     assert f"create secret generic {secret['secretName']} --from-file={Path(key_file).name}=" in page()
 
 
