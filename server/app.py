@@ -13,6 +13,7 @@ from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
 from server.middleware.cors import CORS
 from server.middleware.draining import Draining
+from server.middleware.http_metrics import HTTPMetrics
 from server.middleware.overload import Overload
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
 from server.openapi import API
@@ -25,8 +26,8 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 
 def create_app(service: Service, config: ServerConfig, credentials: Credentials) -> ASGIApp:
     """Return the application that serves `service`, and all that is around it."""
-    app: ASGIApp = _api(service, is_locked=bool(credentials.keys))
-    app = Overload(app, service.queue)
+    api = _api(service, is_locked=bool(credentials.keys))
+    app: ASGIApp = Overload(api, service.queue)
     app = Draining(app, service.drain)
     if credentials.keys:
         app = APIKeyAuth(app, credentials.keys, service.metrics)
@@ -42,7 +43,7 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
         )
     if config.access_log:
         app = AccessLog(app)
-    return RequestID(app)
+    return HTTPMetrics(RequestID(app), api.routes, service.metrics)
 
 
 def _api(service: Service, *, is_locked: bool) -> FastAPI:

@@ -64,6 +64,9 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
         30.0, "seconds that requests have to finish after SIGTERM or Ctrl-C; 0: they end at once"
     )
     access_log: bool = option(True, "write one line for each request, without its body")
+    vllm_metric_names: bool = option(
+        False, "serve metrics under vLLM's names, too: for the endpoint picker of Kubernetes' inference gateways"
+    )
     log_level: str = option("info", "least important messages to write, by server and ranks", choices=LOG_LEVELS)
     log_format: str = option(
         "text",

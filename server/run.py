@@ -64,9 +64,11 @@ async def _serve(
     stopping = asyncio.create_task(stop.first.wait())
     hurrying = asyncio.create_task(stop.second.wait())
     context = zmq.asyncio.Context()
-    metrics = Metrics()
+    engine = process.spec.engine
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
+    metrics = Metrics(model.name, engine, dtype, vllm_names=config.vllm_metric_names)
     client = EngineClient(context, metrics)
-    queue = AdmissionQueue(client, metrics, config, process.spec.engine.max_num_seqs)
+    queue = AdmissionQueue(client, metrics, config, engine.max_num_seqs)
     ready = asyncio.Event()
     loading = LoadingProgress(sys.stderr, has_bar=not config.log.is_json)
     url = listening_url(listener, "http" if credentials.tls is None else "https")

@@ -47,6 +47,7 @@ class TextModel:
 
     name: str
     vocab_size: int
+    dtype: str  # of the checkpoint's weights
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     sampling_defaults: SamplingDefaults
@@ -69,6 +70,7 @@ class TextModel:
         return cls(
             name=server.model_name(str(files.directory)),
             vocab_size=model.vocab_size,
+            dtype=model.dtype,
             tokenizer=tokenizer,
             chat_template=None if source is None else ChatTemplate(source, special_tokens),
             sampling_defaults=files.sampling_defaults(),

@@ -2,28 +2,41 @@
 
 One line (`Metric`) defines one metric; everything else that knows metrics is derived from it.
 
-- `/metrics`: `server.metrics.metrics` makes the prometheus_client object of each line. Where all values of a label are
-  fixed, its series exist from the start, because a rate needs the zero before the first event.
+- `/metrics`: `server.metrics.metrics` makes the series of each line. Every series whose name begins with `PREFIX` has
+  the label `MODEL_NAME` beside its own. Where all values of a line's labels are fixed, its series exist from the start,
+  because a rate needs the zero before the first event.
 - docs/metrics.md (`python -m server.metrics.page`): a heading for each `Group`, in the order of the enumeration, under
   it its lines in the order of `METRICS`, with the help as their text.
 - The dashboard: a row for each `Group`, in it a panel for each `Panel.title`. Lines of one group whose panels have the
   same title are drawn in one. What is drawn follows from `Panel.show` (see `Show`), the axis' unit from `Metric.unit`.
   Quantiles and rates of a histogram are those of `NAME_bucket`, `NAME_sum` and `NAME_count`; counters are named as they
   are served, with `_total`. A line without a panel is on no dashboard.
-- Aliases (`--vllm-metric-names`): a line is also served under each of its `vllm` names, with the same samples.
+- Aliases (`--vllm-metric-names`): a line is also served under each of its `vllm` names, with the same labels and vLLM's
+  `engine="0"`. Gauges that have one of these names in common are added up there. `VLLM_METRICS` has no name of ours.
 
 Names begin with `PREFIX` and end in their unit where that is one of physics (`_seconds`, `_bytes`, `_ratio`), counters
 in `_total` after it. They are vLLM's behind another prefix wherever the meaning is the same, which explains the one
-exception (`kv_cache_usage_perc`, a ratio).
+exception (`kv_cache_usage_perc`, a ratio). Of the server's process they are those of all Prometheus clients
+(`process_…`).
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from engine.protocol.config import QUANTIZATIONS
 from engine.protocol.messages import FinishReason, GroupState
-from engine.protocol.stats import TIME_BUCKETS
+from engine.protocol.stats import (
+    BACKENDS,
+    BATCH_SIZE_BUCKETS,
+    MEMORY_KINDS,
+    OPERATIONS,
+    PHASES,
+    STEP_BUCKETS,
+    STEP_TOKENS_BUCKETS,
+    TIME_BUCKETS,
+)
 
-PREFIX = "ryzanstein_"
+PREFIX, VLLM_PREFIX = "ryzanstein_", "vllm:"
 
 ABORT = "abort"  # beside the engine's own reasons
 FINISH_REASONS = (*(reason.value for reason in FinishReason), ABORT)
@@ -32,6 +45,9 @@ REJECTIONS = (QUEUE_FULL, RATE_LIMITED, CONCURRENCY_LIMITED)  # also the codes o
 RECOVERY_KINDS = ("died", "hung", "failed", "orchestrator", "link")
 FIRST_TOKEN = "first_token"  # beside the orchestrator's own phases
 RECOVERY_PHASES = ("kill", "respawn", "load", FIRST_TOKEN)
+
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+OTHER_METHOD, UNKNOWN_ROUTE = "other", "unknown"
 
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
@@ -50,12 +66,18 @@ RECOVERY_BUCKETS = (
 )  # fmt: skip
 
 
+LENGTH_BUCKETS = (
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000,
+)  # fmt: skip
+
+
 class Kind(StrEnum):
     """Prometheus' kinds of metrics."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
+    INFO = "info"  # a gauge that is always 1, whose labels say something
 
 
 class Group(StrEnum):
@@ -68,6 +90,8 @@ class Group(StrEnum):
     ENGINE = "Engine and recovery"
     RANKS = "Ranks and collectives"
     STREAMS = "Streams"
+    HTTP = "HTTP"
+    PROCESS = "Process of the server"
 
 
 class Show(StrEnum):
@@ -79,6 +103,7 @@ class Show(StrEnum):
     QUANTILES = "quantiles"  # of a histogram: 0.5, 0.95 and 0.99
     MEAN = "mean"  # of a histogram: the rate of its sum by that of its count
     TIME_SHARE = "time share"  # of a histogram or counter of seconds: the rate of its sum, 1 is all the time
+    TABLE = "table"  # the labels of information
     QUOTIENT = "quotient"  # a counter's rate by the rate of the counter `Panel.over`, or a gauge by the gauge
 
 
@@ -103,11 +128,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Label:
-    """A label: its name, what it says, and all its values where these are fixed."""
+    """A label.
+
+    Args:
+        name: of the label.
+        help: what it says.
+        values: all that it has, where these are fixed; its series are there from the start.
+        some: some of those that it may have.
+    """
 
     name: str
     help: str
     values: tuple[str, ...] = ()
+    some: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +153,7 @@ class Metric:
         unit: of a sample: seconds, bytes, ratio (1 is all), or what is counted.
         help: one sentence or more.
         group: where it belongs.
-        labels: all but those that every series has.
+        labels: all but the model's name.
         buckets: of a histogram: upper bounds in its unit; +Inf follows.
         panel: on the dashboard; none when it is not there.
         vllm: names of vLLM for the same.
@@ -137,8 +170,14 @@ class Metric:
     vllm: tuple[str, ...] = ()
 
 
+MODEL_NAME = Label("model_name", "the model's name in the API")
+
 _RANK = Label("rank", "the rank's number")
-_OPERATION = Label("operation", "the collective operation: all_reduce, gather, …")
+_COLLECTIVE = (
+    Label("operation", "the collective operation", some=OPERATIONS),
+    _RANK,
+    Label("backend", "what carries it", some=BACKENDS),
+)
 _KEY = Label("key", "the API key's name")
 
 METRICS: tuple[Metric, ...] = (
@@ -192,6 +231,35 @@ METRICS: tuple[Metric, ...] = (
         panel=Panel("Wait in the engine's queue", Show.QUANTILES),
         vllm=("vllm:request_queue_time_seconds",),
     ),
+    Metric(
+        "ryzanstein_request_prefill_time_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "From a sequence's first step to its first token.",
+        Group.LATENCY,
+        buckets=FIRST_TOKEN_BUCKETS,
+        panel=Panel("Prefill", Show.QUANTILES),
+        vllm=("vllm:request_prefill_time_seconds",),
+    ),
+    Metric(
+        "ryzanstein_request_decode_time_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "From a sequence's first token to its last, of those that ended by stop or length.",
+        Group.LATENCY,
+        buckets=REQUEST_BUCKETS,
+        panel=Panel("Decode", Show.QUANTILES),
+        vllm=("vllm:request_decode_time_seconds",),
+    ),
+    Metric(
+        "ryzanstein_request_time_per_output_token_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "A sequence's decode time by its tokens after the first, of those that ended by stop or length.",
+        Group.LATENCY,
+        buckets=INTER_TOKEN_BUCKETS,
+        vllm=("vllm:request_time_per_output_token_seconds",),
+    ),
     # --- tokens and requests -----------------------------------------------------------------------------------------
     Metric(
         "ryzanstein_prompt_tokens_total",
@@ -210,6 +278,26 @@ METRICS: tuple[Metric, ...] = (
         Group.TRAFFIC,
         panel=Panel("Tokens a second", Show.RATE),
         vllm=("vllm:generation_tokens_total",),
+    ),
+    Metric(
+        "ryzanstein_request_prompt_tokens",
+        Kind.HISTOGRAM,
+        "tokens",
+        "Length of the prompts that the engine has begun.",
+        Group.TRAFFIC,
+        buckets=LENGTH_BUCKETS,
+        panel=Panel("Length of prompts", Show.QUANTILES),
+        vllm=("vllm:request_prompt_tokens",),
+    ),
+    Metric(
+        "ryzanstein_request_generation_tokens",
+        Kind.HISTOGRAM,
+        "tokens",
+        "Length of what was generated for sequences that ended by stop or length.",
+        Group.TRAFFIC,
+        buckets=LENGTH_BUCKETS,
+        panel=Panel("Length of answers", Show.QUANTILES),
+        vllm=("vllm:request_generation_tokens",),
     ),
     Metric(
         "ryzanstein_request_success_total",
@@ -274,6 +362,7 @@ METRICS: tuple[Metric, ...] = (
         "Requests that wait in the server's queue.",
         Group.QUEUE,
         panel=Panel("Running and waiting", Show.VALUE),
+        vllm=("vllm:num_requests_waiting",),
     ),
     Metric(
         "ryzanstein_queued_tokens",
@@ -360,6 +449,19 @@ METRICS: tuple[Metric, ...] = (
         panel=Panel("Preemptions", Show.RATE),
         vllm=("vllm:num_preemptions_total",),
     ),
+    Metric(
+        "ryzanstein_cache_config_info",
+        Kind.INFO,
+        "info",
+        "How the KV cache is laid out; known once the engine is ready.",
+        Group.KV_CACHE,
+        labels=(
+            Label("block_size", "tokens in a KV block"),
+            Label("num_gpu_blocks", "KV blocks of each rank, whatever it computes on: the name is vLLM's"),
+            Label("enable_prefix_caching", "whether prompts share them", some=("true", "false")),
+        ),
+        vllm=("vllm:cache_config_info",),
+    ),
     # --- engine and recovery -----------------------------------------------------------------------------------------
     Metric(
         "ryzanstein_engine_ready",
@@ -386,6 +488,22 @@ METRICS: tuple[Metric, ...] = (
         Group.ENGINE,
     ),
     Metric(
+        "ryzanstein_engine_info",
+        Kind.INFO,
+        "info",
+        "What runs here; known once the engine is ready.",
+        Group.ENGINE,
+        labels=(
+            Label("version", "of this program"),
+            Label("tensor_parallel_size", "ranks that the model is split over"),
+            Label("device", "what the ranks compute on", some=("cpu", "cuda")),
+            Label("dtype", "type of weights and arithmetic", some=("float32", "bfloat16", "float16")),
+            Label("quantization", "type of the matrices in memory", some=QUANTIZATIONS),
+            Label("kernels", "what the ranks compute with"),
+        ),
+        panel=Panel("What runs", Show.TABLE),
+    ),
+    Metric(
         "ryzanstein_weights_loaded_ratio",
         Kind.GAUGE,
         "ratio",
@@ -400,6 +518,24 @@ METRICS: tuple[Metric, ...] = (
         "Steps of the engine.",
         Group.ENGINE,
         panel=Panel("Steps a second", Show.RATE),
+    ),
+    Metric(
+        "ryzanstein_step_sequences",
+        Kind.HISTOGRAM,
+        "sequences",
+        "Sequences that took part in a step.",
+        Group.ENGINE,
+        buckets=BATCH_SIZE_BUCKETS,
+        panel=Panel("Sequences in a step", Show.QUANTILES),
+    ),
+    Metric(
+        "ryzanstein_step_tokens",
+        Kind.HISTOGRAM,
+        "tokens",
+        "Tokens computed in a step.",
+        Group.ENGINE,
+        buckets=STEP_TOKENS_BUCKETS,
+        panel=Panel("Tokens in a step", Show.QUANTILES),
     ),
     Metric(
         "ryzanstein_integrity_checks_total",
@@ -429,12 +565,31 @@ METRICS: tuple[Metric, ...] = (
     ),
     # --- ranks and collectives ---------------------------------------------------------------------------------------
     Metric(
+        "ryzanstein_step_phase_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "Time of a step, by rank and phase. Communicating includes waiting for slower ranks.",
+        Group.RANKS,
+        labels=(_RANK, Label("phase", "the phase, in this order; ranks but the first have two", some=PHASES)),
+        buckets=STEP_BUCKETS,
+        panel=Panel("Where the time goes, by rank and phase", Show.TIME_SHARE, by=("rank", "phase")),
+    ),
+    Metric(
+        "ryzanstein_rank_skew_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "In a step, the slowest rank's time of computing less the fastest's.",
+        Group.RANKS,
+        buckets=STEP_BUCKETS,
+        panel=Panel("How far ranks are apart in a step", Show.QUANTILES),
+    ),
+    Metric(
         "ryzanstein_collective_seconds",
         Kind.HISTOGRAM,
         "seconds",
         "Time of one collective operation.",
         Group.RANKS,
-        labels=(_OPERATION, _RANK),
+        labels=_COLLECTIVE,
         buckets=TIME_BUCKETS,
         panel=Panel("Share of the time in collectives", Show.TIME_SHARE, by=("operation", "rank")),
     ),
@@ -444,9 +599,29 @@ METRICS: tuple[Metric, ...] = (
         "seconds",
         "Of the time of one collective operation, the waiting for slower ranks; known of ranks that share memory.",
         Group.RANKS,
-        labels=(_OPERATION, _RANK),
+        labels=_COLLECTIVE,
         buckets=TIME_BUCKETS,
         panel=Panel("… of that, waiting for slower ranks", Show.TIME_SHARE, by=("operation", "rank")),
+    ),
+    Metric(
+        "ryzanstein_collective_bytes_total",
+        Kind.COUNTER,
+        "bytes",
+        "Bytes of collective operations, as nccl-tests counts them: of one rank for all_reduce and broadcast, of all "
+        "ranks together for the others.",
+        Group.RANKS,
+        labels=_COLLECTIVE,
+        panel=Panel("Bytes of collectives", Show.RATE, by=("operation", "rank")),
+    ),
+    Metric(
+        "ryzanstein_collective_bus_bandwidth_bytes_per_second",
+        Kind.GAUGE,
+        "bytes_per_second",
+        "Bus bandwidth of collective operations, by nccl-tests' definition, in the last second or so in which there "
+        "were any. Waiting for slower ranks is not part of the time where it is known.",
+        Group.RANKS,
+        labels=_COLLECTIVE,
+        panel=Panel("Bus bandwidth", Show.VALUE, by=("operation", "rank"), aggregate="avg"),
     ),
     Metric(
         "ryzanstein_rank_memory_bytes",
@@ -454,8 +629,17 @@ METRICS: tuple[Metric, ...] = (
         "bytes",
         "Memory of one rank, by kind.",
         Group.RANKS,
-        labels=(_RANK, Label("kind", "what lies there")),
+        labels=(_RANK, Label("kind", "what lies there", some=MEMORY_KINDS)),
         panel=Panel("Memory, by rank and kind", Show.VALUE, by=("rank", "kind")),
+    ),
+    Metric(
+        "ryzanstein_rank_weights_resident_ratio",
+        Kind.GAUGE,
+        "ratio",
+        "Of a rank's weights that are mapped files, the share that is in memory now; 1 where none are mapped.",
+        Group.RANKS,
+        labels=(_RANK,),
+        panel=Panel("Mapped weights in memory", Show.VALUE, by=("rank",), aggregate="min"),
     ),
     # --- streams -----------------------------------------------------------------------------------------------------
     Metric(
@@ -490,6 +674,82 @@ METRICS: tuple[Metric, ...] = (
         Group.STREAMS,
         panel=Panel("Memory of streams", Show.VALUE),
     ),
+    # --- HTTP --------------------------------------------------------------------------------------------------------
+    Metric(
+        "ryzanstein_http_responses_total",
+        Kind.COUNTER,
+        "responses",
+        "Responses, refusals included. Code 499: the client went away before one began.",
+        Group.HTTP,
+        labels=(
+            Label("route", "the path's template; unknown: a path that is none of the API's"),
+            Label("method", "the request's method; other: one that no route has", some=METHODS),
+            Label("code", "the status code"),
+        ),
+        panel=Panel("Responses", Show.RATE, by=("route", "code")),
+    ),
+    Metric(
+        "ryzanstein_http_requests_in_progress",
+        Kind.GAUGE,
+        "requests",
+        "Requests whose response has not ended.",
+        Group.HTTP,
+        panel=Panel("Requests in progress", Show.VALUE),
+    ),
+    # --- process of the server ---------------------------------------------------------------------------------------
+    Metric(
+        "process_cpu_seconds_total",
+        Kind.COUNTER,
+        "seconds",
+        "CPU time of the server's process.",
+        Group.PROCESS,
+        panel=Panel("CPUs used by the server", Show.RATE),
+    ),
+    Metric(
+        "process_resident_memory_bytes",
+        Kind.GAUGE,
+        "bytes",
+        "Memory of the server's process; the ranks' is apart.",
+        Group.PROCESS,
+        panel=Panel("Memory of the server", Show.VALUE),
+    ),
+    Metric(
+        "process_open_fds",
+        Kind.GAUGE,
+        "files",
+        "Open files and connections of the server's process.",
+        Group.PROCESS,
+        panel=Panel("Open files", Show.VALUE),
+    ),
+    Metric(
+        "process_max_fds",
+        Kind.GAUGE,
+        "files",
+        "How many files and connections the server's process may open.",
+        Group.PROCESS,
+    ),
+    Metric(
+        "process_start_time_seconds",
+        Kind.GAUGE,
+        "seconds",
+        "When the server's process began, since the epoch of the calendar.",
+        Group.PROCESS,
+    ),
 )
 
-BY_NAME = {metric.name: metric for metric in METRICS}
+# What gateways for vLLM read and there is nothing of here.
+LORA_REQUESTS = Metric(
+    "vllm:lora_requests_info",
+    Kind.GAUGE,
+    "seconds",
+    "LoRA adapters in use: none, and no room for any. The value is the time, since the epoch of the calendar.",
+    Group.QUEUE,
+    labels=(
+        Label("max_lora", "adapters that may be in use at once", ("0",)),
+        Label("running_lora_adapters", "those in use", ("",)),
+        Label("waiting_lora_adapters", "those asked for", ("",)),
+    ),
+)
+VLLM_METRICS = (LORA_REQUESTS,)
+
+BY_NAME = {metric.name: metric for metric in (*METRICS, *VLLM_METRICS)}

@@ -36,7 +36,7 @@ class APIKeyAuth:
         elif (account := self._account(scope)) is None:
             await _unauthorized().response({"www-authenticate": "Bearer"})(scope, receive, send)
         elif (refusal := account.refusal(time.monotonic(), is_new=not path.startswith(STREAMS_FOLDER))) is not None:
-            self._metrics.rejected.labels(refusal.code).inc()
+            self._metrics.rejected.labels(str(refusal.code)).inc()
             await refusal.response()(scope, receive, send)
         else:
             with account:

@@ -26,6 +26,7 @@ from server.engine_client import EngineClient
 from server.errors import APIError
 from server.flights import Inbox
 from server.metrics.metrics import Metrics
+from tests.metric_samples import value_of
 
 SCORE = TokenLogprobs(1, -0.5, 1, [], [])
 
@@ -81,7 +82,7 @@ class Service:
         await self._rank.send(TokenBatch(self.epoch, 0, list(outputs)))
 
     def metric(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"ryzanstein_{name}", labels)
+        return value_of(self.metrics, f"ryzanstein_{name}", **labels)
 
 
 @asynccontextmanager
