@@ -43,6 +43,7 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
         )
     if config.access_log:
         app = AccessLog(app)
+    app = service.traces.wrap(app)
     return HTTPMetrics(RequestID(app), api.routes, service.metrics)
 
 

@@ -39,6 +39,7 @@ from server.options import (
     unknown_variables,
 )
 from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
+from server.tracing.extra import require_extra
 
 EXIT_STOPPED, EXIT_USER_ERROR = 0, 2
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: a doctor that was stopped has not said that all is well
@@ -185,6 +186,8 @@ def _serve(engine: EngineConfig, server: ServerConfig, namespace: argparse.Names
     configure_logging(server.log)
     warn_of_unknown_variables(os.environ)
     check_open_files()
+    if server.otlp_traces_endpoint is not None:
+        require_extra()
     credentials = Credentials.load(server)
     with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
         name = server.model_name(engine.model)

@@ -13,6 +13,7 @@ from server.model_source.config import ModelSourceConfig, is_hub_name
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
 ANY = ("*",)
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_HTTP_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -63,6 +64,9 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
     drain_timeout: float = option(
         30.0, "seconds that requests have to finish after SIGTERM or Ctrl-C; 0: they end at once"
     )
+    otlp_traces_endpoint: str | None = option(
+        None, "URL to which OpenTelemetry traces go over OTLP/HTTP, such as http://localhost:4318/v1/traces"
+    )
     access_log: bool = option(True, "write one line for each request, without its body")
     vllm_metric_names: bool = option(
         False, "serve metrics under vLLM's names, too: for the endpoint picker of Kubernetes' inference gateways"
@@ -89,6 +93,11 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
             raise ValueError(f"--max-body-size must be between 1 and 2**40 bytes, not {self.max_body_size}")
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("--api-key and --api-key-file both hold the key: give one of them")
+        if self.otlp_traces_endpoint is not None and not _HTTP_URL.fullmatch(self.otlp_traces_endpoint):
+            raise ValueError(
+                "--otlp-traces-endpoint must be like http://localhost:4318/v1/traces (OTLP over HTTP), "
+                f"not {self.otlp_traces_endpoint!r}"
+            )
         self._check_times()
         self._check_tls()
         self._check_cors()

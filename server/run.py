@@ -27,11 +27,13 @@ from server.loading_progress import LoadingProgress
 from server.logs import tell
 from server.metrics.metrics import Metrics
 from server.model_source.sharded_weights import ShardedWeights
+from server.routes.health import VERSION
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal
 from server.streams import StreamStore
 from server.supervisor import Supervisor
 from server.threads import in_daemon_thread
+from server.tracing.base import start_traces
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ async def _serve(
         weights.start_writing()
 
     streams = StreamStore(config.stream_resume_timeout, config.stream_resume_memory, metrics)
-    service = Service(model, queue, metrics, config, streams)
+    traces = start_traces(config.otlp_traces_endpoint, model=model.name, version=VERSION)
+    service = Service(model, queue, metrics, config, streams, traces=traces)
     http = HTTPServer(create_app(service, config, credentials), config, credentials, metrics.slow_clients.inc)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
@@ -100,6 +103,7 @@ async def _serve(
             task.cancel()
         http.stop()
         await asyncio.gather(serving, supervising, in_daemon_thread(process.stop), return_exceptions=True)
+        await traces.close()
         context.destroy(linger=0)
     if failure is not None:
         error = failure.error if ready.is_set() else weights.explain(failure.error)

@@ -33,6 +33,7 @@ from server.text.chat_template import ChatTemplate
 from server.text.token_bytes import TokenBytes
 from server.text.tokenizer import Tokenizer
 from server.threads import in_daemon_thread
+from server.tracing.base import Traces
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,6 +104,7 @@ class Service:
     limits: ServerConfig
     streams: StreamStore
     drain: Drain = field(default_factory=Drain)
+    traces: Traces = field(default_factory=Traces)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_WORK))
 
     @property
@@ -206,7 +208,7 @@ class Service:
             key=key,
             deadline=self._deadline(body, arrival),
         )
-        return Generation(self.queue, self._spelling(body), plan)
+        return self.traces.new_generation(self.queue, self._spelling(body), plan)
 
     def stream(self, body: GenerationRequest, generation: Generation, encoder: ChunkEncoder, key: str) -> Stream:
         """Return `generation` as a stream of chunks, which only `key` may read."""
