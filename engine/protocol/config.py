@@ -108,6 +108,7 @@ class EngineConfig:
     mlock: bool = option(False, "keep mapped weights in memory, whatever else needs it (see ulimit -l)")
     prefetch: bool = option(True, "read mapped weights ahead, in the background, rather than when they are first used")
     verify_checksums: bool = option(False, "compare weight files with their checksums while loading")
+    step_timing: bool = option(True, "time each collective, and what each step's time goes to, for /metrics")
     rank_timeout: float = option(
         30.0, "seconds after which a rank that gets no further in a step, or is stopped, is hung: all start anew"
     )

@@ -1,7 +1,7 @@
 """The domain on one page: every message that travels between server, orchestrator and ranks.
 
     server ── RequestBatch ─► rank 0 ── ScheduledStep ─► ranks 1 … N-1
-    server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankStats ── ranks 1 … N-1
+    server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankReport ── ranks 1 … N-1
     ranks ── Hello, Loading, Ready, Started, Failed ─► orchestrator ── Start ─► ranks
     orchestrator ── GroupStatus ─► server
 
@@ -174,6 +174,13 @@ class RankStats(Message, frozen=True):
     collective_bytes: dict[str, int] = {}  # by operation: bytes, each call counted as `stats.bus_factor` says
     phases: dict[str, HistogramDelta] = {}  # by `stats.PHASES`: seconds of each step, over `STEP_BUCKETS`
     weights_resident_ratio: float = 1.0  # of the weights that are mapped files, what is in memory; 1 of none
+
+
+class RankReport(Message, frozen=True):
+    """What a rank tells rank 0, which passes the statistics on and makes the ranks' skew of the rest."""
+
+    stats: RankStats
+    compute_seconds: list[float]  # of each step since the last report, in their order; none is left out
 
 
 class SchedulerStats(Part, frozen=True):

@@ -3,6 +3,11 @@
 Bounds of histograms are upper bounds; an implicit +Inf follows.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from engine.protocol.messages import HistogramDelta
+
 # Seconds of collectives.
 TIME_BUCKETS: tuple[float, ...] = (
     5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0, 10.0,
@@ -41,3 +46,25 @@ def bus_factor(operation: str, world_size: int) -> float:
     """
     share = (world_size - 1) / world_size
     return {"all_reduce": 2 * share, "broadcast": 1.0, "barrier": 0.0}.get(operation, share)
+
+
+class Histogram:
+    """Counts observations over some bounds."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def take(self) -> HistogramDelta | None:
+        """Return what was observed since the last take; None if nothing was."""
+        if not any(self._counts):
+            return None
+        delta = HistogramDelta(self._counts, self._sum)
+        self._counts, self._sum = [0] * len(self._counts), 0.0
+        return delta
