@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from server.config import ServerConfig
@@ -21,6 +22,7 @@ from server.routes import chat, completions, docs, health, models, streams, toke
 from server.service import Service
 
 EXPOSED_HEADERS = (REQUEST_ID_HEADER, "retry-after")
+ROUTERS = [module.router for module in (completions, chat, streams, tokenize, models, health, docs)]
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 
 
@@ -44,18 +46,23 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
     if config.access_log:
         app = AccessLog(app)
     app = service.traces.wrap(app)
-    return HTTPMetrics(RequestID(app), api.routes, service.metrics)
+    return HTTPMetrics(RequestID(app), _routes(api), service.metrics)
 
 
 def _api(service: Service, *, is_locked: bool) -> FastAPI:
     app = API(version=health.VERSION, is_locked=is_locked)
     app.state.service = service
-    for module in (completions, chat, streams, tokenize, models, health, docs):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.mount(docs.ASSETS_PATH, docs.ASSETS)
     install_error_handlers(app)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     return app
+
+
+def _routes(app: FastAPI) -> list[BaseRoute]:
+    """Return all that requests can get to; FastAPI's own list does not look into the routers it includes."""
+    return [*app.routes, *(route for router in ROUTERS for route in router.routes)]
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

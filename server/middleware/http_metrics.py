@@ -25,6 +25,7 @@ class HTTPMetrics:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         status = CLIENT_WENT_AWAY
+        route = self._routes.template_of(scope["path"].removeprefix(scope["root_path"]))  # which routing changes
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
@@ -37,7 +38,6 @@ class HTTPMetrics:
             await self._app(scope, receive, send_noting_status)
         finally:
             self._in_progress.dec()
-            route = self._routes.template_of(scope["path"].removeprefix(scope["root_path"]))
             method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
             self._responses.labels(route, method, str(status)).inc()
 
@@ -54,7 +54,7 @@ class _Routes:
             elif isinstance(route, Route):
                 self._templates.add(route.path)
                 if route.param_convertors:
-                    self._patterns.append((route.path_regex, route.path))
+                    self._patterns.append((route.path_regex, route.path_format))
 
     def template_of(self, path: str) -> str:
         """Return the template that `path` fits."""

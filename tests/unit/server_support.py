@@ -274,7 +274,8 @@ class RunningServer:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         context = zmq.asyncio.Context()
-        metrics = Metrics()
+        name = self._config.model_name(str(self._model))
+        metrics = Metrics(name, vllm_names=self._config.vllm_metric_names)
         self.client = EngineClient(context, metrics)
         self.queue = AdmissionQueue(self.client, metrics, self._config, self._max_num_seqs)
         files = ModelFiles.read(str(self._model))
