@@ -124,6 +124,13 @@ def test_the_wheel_serves_with_its_kernels_where_there_is_no_compiler(clean_pyth
     assert kernels_of(clean_python) == best
 
 
+def test_traces_without_their_extra_are_refused_in_one_line(clean_python: Path) -> None:
+    command = [str(clean_python.with_name("ryzanstein")), "serve", "--otlp-traces-endpoint", "http://127.0.0.1:9/"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    message = "ryzanstein: error: --otlp-traces-endpoint needs OpenTelemetry: pip install 'ryzanstein[traces]'\n"
+    assert (refused.returncode, refused.stderr) == (2, message)
+
+
 def test_the_source_distribution_serves_with_torch_where_there_is_no_compiler(clean_python: Path, source: Path) -> None:
     again = ("install", "--quiet", "--force-reinstall", "--no-deps", str(source))
     run(str(clean_python), "-m", "pip", *again, cwd=clean_python.parent, path=str(clean_python.parent))
