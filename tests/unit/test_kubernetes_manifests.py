@@ -1,6 +1,8 @@
 """The manifests of deploy/kubernetes agree with the code, the image and each other."""
 
 import re
+import shutil
+import subprocess
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -265,6 +267,20 @@ def test_the_autoscaler_follows_metrics_that_are_served_and_the_adapter_knows(ov
     (rule,) = yaml.safe_load((KUBERNETES / "components/autoscaling/prometheus-adapter.yaml").read_text())["rules"]
     (pattern,) = re.findall(r'__name__=~"([^"]*)"', rule["seriesQuery"])
     assert all(re.fullmatch(pattern, name) for name in targets)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_what_the_adapter_asks_prometheus_is_a_query(tmp_path: Path) -> None:
+    (rule,) = yaml.safe_load((KUBERNETES / "components/autoscaling/prometheus-adapter.yaml").read_text())["rules"]
+    query = rule["metricsQuery"]
+    filled = {"Series": "ryzanstein_queued_requests", "LabelMatchers": 'namespace="a",pod=~"b|c"', "GroupBy": "pod"}
+    for name, text in filled.items():
+        query = query.replace(f"<<.{name}>>", text)
+    rules = [{"record": f"test:{number}", "expr": expr} for number, expr in enumerate((query, rule["seriesQuery"]))]
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "adapter", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_is_in_the_namespace_is_in_one() -> None:
