@@ -51,9 +51,21 @@ def test_a_start_is_told_beside_the_import_of_torch(tmp_path: Path) -> None:
     assert [line[:20].strip() for line in done.stdout.splitlines()[1:]] == names
 
 
+def test_the_cost_of_metrics_is_told_by_token_and_page(tmp_path: Path) -> None:
+    document = tmp_path / "metrics.json"
+    done = run("metrics_cpu.py", "--streams", 4, "--ranks", 2, "--json", document)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(document.read_text())
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == list(found)
+    assert list(found) == ["token", "page, text", "page, OpenMetrics"]
+    assert all(0 < figures["lower"] <= figures["median"] <= figures["upper"] for figures in found.values())
+    assert found["page, text"]["lines"] > 500
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "problem"),
     [
+        ("metrics_cpu.py", ["--streams", 0], "argument --streams: must be at least 1, not 0"),
         ("http_decode.py", ["/nothing"], "model: /nothing is not a directory"),
         ("http_decode.py", [EMBEDDED_MODEL, "--batch", 0], "argument --batch: must be at least 1, not 0"),
         ("startup.py", ["--runs", 0], "argument --runs: must be at least 1, not 0"),

@@ -1,6 +1,7 @@
 """What the server makes of groups that are lost, over real sockets: each test says what rank 0 sees and sends."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -127,6 +128,28 @@ def test_the_next_group_goes_on_behind_what_was_received(tmp_path: Path) -> None
         assert (again.received_token_ids, again.num_received_prompt_logprobs) == ([7, 8], 2)
         await service.say(TokenOutput(again.request_id, [9], queue_seconds=0.5, num_cached_tokens=0))
         assert await take(inbox) == [TokenOutput("a", [9])]
+
+    with_service(tmp_path, story)
+
+
+def test_prefill_and_decode_are_measured_once_across_a_loss(tmp_path: Path) -> None:
+    async def story(service: Service) -> None:
+        inbox = service.client.submit([request("a")], time.perf_counter() - 1.0)
+        await service.sent()
+        await service.say(TokenOutput("a", [7], queue_seconds=0.0))
+        await take(inbox)
+        service.lose_group("a")
+        service.start_group()
+        (again,) = (await service.sent()).new
+        await service.say(TokenOutput(again.request_id, [8], FinishReason.LENGTH, queue_seconds=0.0))
+        await take(inbox)
+        for name in ("request_queue", "request_prefill", "request_decode"):
+            assert service.metric(f"{name}_time_seconds_count") == 1
+        prefill, decode = (service.metric(f"request_{part}_time_seconds_sum") for part in ("prefill", "decode"))
+        assert prefill is not None
+        assert 0 < prefill < 1.0  # not the wait before it was sent
+        assert service.metric("request_time_per_output_token_seconds_sum") == decode
+        assert service.metric("request_generation_tokens_sum") == 2
 
     with_service(tmp_path, story)
 
