@@ -4,11 +4,14 @@ import json
 import os
 import signal
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from engine.protocol.config import EMBEDDED_MODEL
+from tests.hub import Hub, Repository, files_of
 from tests.service_process import ServiceProcess, wait_until
 
 KEY = "sk-secret-4712"
@@ -96,3 +99,11 @@ def test_what_ends_the_service_is_a_record() -> None:
     record = json.loads(line)
     assert (record["level"], record["process"]) == ("ERROR", "server")
     assert "/no/such/model" in record["message"]
+
+
+@pytest.mark.slow
+def test_a_download_writes_json_too(tmp_path: Path) -> None:
+    with Hub({"org/name": Repository({"main": files_of(EMBEDDED_MODEL)})}) as hub:
+        environment = {**hub.environment(tmp_path), "RYZANSTEIN_LOG_FORMAT": "json"}
+        with ServiceProcess("org/name", environment=environment) as service:
+            assert any(record["message"].startswith("downloading org/name") for record in records(service))
