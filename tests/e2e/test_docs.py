@@ -34,7 +34,7 @@ PAGES = (
     "troubleshooting.md",
 )
 # Pages whose commands are run, or checked, elsewhere; other pages have none.
-ELSEWHERE = {"kubernetes.md": "tests/unit/test_kubernetes_manifests.py", "container.md": "tests/container"}
+ELSEWHERE = {"kubernetes.md": "tests/e2e/test_kubernetes_docs.py", "container.md": "tests/container"}
 # Blocks that are not run here, by their first words, and why.
 NOT_RUN = {
     "sudo install -D": "needs root and systemd; test_deployment.py checks the unit, and runs its command",
