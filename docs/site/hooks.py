@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {"index.md": ROOT / "README.md", "changelog.md": ROOT / "CHANGELOG.md"}
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<path>(?![a-z]+:)[^)#\s]+)(?P<anchor>#[^)]*)?\)")
+_CELL = re.compile(r"<td>.*?</td>", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 _LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".yml": "yaml", ".yaml": "yaml", ".json": "json"}
 _SOURCE_PAGE = """---
 search:
@@ -40,6 +42,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links that leave docs/ lead to the pages of the site that stand for them."""
     name = page.file.src_uri
     return markdown if name.startswith("source/") else _LINK.sub(lambda link: _on_the_site(link, name), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Let names in tables be broken after an underscore, rather than anywhere or nowhere."""
+    return _CELL.sub(lambda cell: _CODE.sub(lambda code: code[0].replace("_", "_<wbr>"), cell[0]), html)
 
 
 def _linked_files(files: Files) -> Iterator[Path]:
