@@ -13,7 +13,7 @@ from server.model_source.config import ModelSourceConfig, is_hub_name
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
 ANY = ("*",)
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
-_HTTP_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
+_HTTP_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:@\[\]]+)(:[0-9]{1,5})?(/\S*)?")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 

@@ -11,6 +11,7 @@ from itertools import count, pairwise
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
@@ -120,6 +121,13 @@ def test_the_exporter_says_whose_spans_they_are(service: ServiceProcess, receive
     assert receiver.headers["x-tenant"] == "mine"
 
 
+def test_the_exporters_headers_stay_in_the_server(service: ServiceProcess) -> None:
+    environments = {each.pid: each.environ() for each in service.descendants()}
+    assert len(environments) == 4  # orchestrator, what ranks are forked from, and ranks
+    assert all("OTEL_EXPORTER_OTLP_HEADERS" not in environment for environment in environments.values())
+    assert psutil.Process(service.process.pid).environ()["OTEL_EXPORTER_OTLP_HEADERS"]  # so that it would be found
+
+
 def test_a_client_that_does_not_sample_is_not_traced(service: ServiceProcess, receiver: OTLPReceiver) -> None:
     unsampled, headers = new_trace(sampled=False)
     assert ask(service, "completions", headers, prompt="x", max_tokens=1).status_code == 200
@@ -181,9 +189,9 @@ def test_a_client_that_leaves_ends_its_span(service: ServiceProcess, receiver: O
 
 
 def test_what_waits_for_a_place_is_in_the_queue_for_so_long(service: ServiceProcess, receiver: OTLPReceiver) -> None:
-    traces = [new_trace() for _ in range(4)]
-    body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True}
-    with ThreadPoolExecutor(4) as pool:
+    traces = [new_trace() for _ in range(3)]
+    body = {"prompt": "x", "max_tokens": 30, "ignore_eos": True}
+    with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda trace: ask(service, "completions", trace[1], **body), traces))
     found = [receiver.trace(trace_id) for trace_id, _ in traces]
     decodes = sorted((each["decode"].start_time_unix_nano, each["decode"].end_time_unix_nano) for each in found)
@@ -197,7 +205,7 @@ def test_a_killed_rank_is_a_recovery_of_the_requests_that_it_held_up(
     service: ServiceProcess, receiver: OTLPReceiver
 ) -> None:
     trace_id, headers = new_trace()
-    body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
     url = f"{service.url}/v1/completions"
     with httpx.stream("POST", url, json=body, headers=headers, timeout=REQUEST_SECONDS) as answer:
         lines = answer.iter_lines()
@@ -214,7 +222,7 @@ def test_a_killed_rank_is_a_recovery_of_the_requests_that_it_held_up(
     decode = spans["decode"]
     assert decode.start_time_unix_nano <= recovery.start_time_unix_nano
     assert recovery.end_time_unix_nano <= decode.end_time_unix_nano
-    assert attributes(spans["request"])["gen_ai.usage.output_tokens"] == 300
+    assert attributes(spans["request"])["gen_ai.usage.output_tokens"] == 150
 
 
 @pytest.mark.slow

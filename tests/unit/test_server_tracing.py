@@ -29,10 +29,17 @@ def test_without_the_extra_the_option_is_refused(missing: str, monkeypatch: pyte
         extra.require_extra()
 
 
-@pytest.mark.parametrize("url", ["localhost:4317", "grpc://localhost:4317", "http://", "http://a b", ""])
+@pytest.mark.parametrize(
+    "url", ["localhost:4317", "grpc://a:4317", "http://", "http://a b", "http://a:x/", "http://me:word@a/", ""]
+)
 def test_what_is_no_http_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="--otlp-traces-endpoint must be like http://localhost:4318/v1/traces"):
         ServerConfig(otlp_traces_endpoint=url)
+
+
+@pytest.mark.parametrize("url", ["http://a", "https://a.b:4318/v1/traces", "http://[::1]:4318/v1/traces?x=y"])
+def test_an_http_url_is_taken(url: str) -> None:
+    assert ServerConfig(otlp_traces_endpoint=url).otlp_traces_endpoint == url
 
 
 def test_a_filter_lets_one_record_pass_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
