@@ -45,8 +45,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Let names in tables be broken after an underscore, rather than anywhere or nowhere."""
-    return _CELL.sub(lambda cell: _CODE.sub(lambda code: code[0].replace("_", "_<wbr>"), cell[0]), html)
+    """Let names in tables be broken after an underscore or a slash, rather than anywhere or nowhere."""
+    return _CELL.sub(lambda cell: _CODE.sub(lambda code: re.sub("([_/])", r"\1<wbr>", code[0]), cell[0]), html)
 
 
 def _linked_files(files: Files) -> Iterator[Path]:
