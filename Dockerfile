@@ -32,7 +32,8 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     && find "${torch}/bin" -type f ! -name torch_shm_manager -delete
 WORKDIR /src
 COPY pyproject.toml ./
-ARG EXTRAS=
+# With a root that cannot be written, nothing can be installed later: what some need and takes little is in.
+ARG EXTRAS=traces
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     python3 -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 extras = [project["optional-dependencies"][name] for name in sys.argv[1].split(",") if name]; \

@@ -27,7 +27,8 @@ URL = "http://127.0.0.1:8000"
 def served(containers: Containers, image: str) -> Iterator[str]:
     """The name of a container that serves the embedded model on two ranks, at port 8000."""
     options = ["--name", "served", "--publish", "8000:8000", *LOCKED_DOWN]
-    containers.inside("podman", "run", "--detach", *options, image, "serve", "--tensor-parallel-size", "2")
+    arguments = ["serve", "--tensor-parallel-size", "2", "--drain-timeout", "300"]  # however slow the machine is
+    containers.inside("podman", "run", "--detach", *options, image, *arguments)
     containers.wait_until_healthy("served")
     yield "served"
     containers.remove("served")
@@ -70,9 +71,18 @@ def test_its_processes_have_no_user_root_no_capability_and_no_file_to_write(
     assert users == {"10001\t10001\t10001\t10001"}
     assert set(re.findall(r"^Cap(?:Inh|Prm|Eff|Bnd|Amb):\s+(\w+)$", status, re.MULTILINE)) == {"0" * 16}
     assert set(re.findall(r"^NoNewPrivs:\s+(\d)$", status, re.MULTILINE)) == {"1"}
-    for path in ("/x", "/opt/venv/x", "/opt/healthcheck.py", "/cache/x"):
-        with pytest.raises(CommandFailedError, match="Read-only file system"):
-            containers.inside("podman", "exec", served, "sh", "-c", f": >> {path}")
+    mounts = containers.inside("podman", "exec", served, "cat", "/proc/self/mounts").splitlines()
+    (root,) = [line.split() for line in mounts if line.split()[1] == "/"]
+    assert "ro" in root[3].split(",")
+    writable = {line.split()[1] for line in mounts if "rw" in line.split()[3].split(",")}
+    of_every_container = re.compile(
+        r"/(dev|proc|sys)(/.*)?|/run/\.containerenv|/run/secrets|/etc/(hosts|hostname|resolv\.conf)"
+    )
+    assert {path for path in writable if not of_every_container.fullmatch(path)} == {
+        "/cache/huggingface",
+        "/cache/shards",
+        "/tmp",
+    }
 
 
 def test_the_caches_are_volumes_that_it_can_write(containers: Containers, image: str, served: str) -> None:
@@ -91,14 +101,14 @@ def test_any_user_of_group_0_can_serve(containers: Containers, image: str) -> No
 
 
 def test_sigterm_lets_a_stream_finish_and_the_exit_code_is_0(containers: Containers, served: str) -> None:
-    body = '{"prompt": "import ", "max_tokens": 900, "ignore_eos": true, "stream": true}'
+    body = '{"prompt": "import ", "max_tokens": 400, "ignore_eos": true, "stream": true}'
     curl = ["podman", "exec", served, "python", "-c", STREAM, body]
     stream = containers.start_inside(*curl)
     assert stream.stdout is not None
     first = stream.stdout.readline()
     assert first.startswith(("id: ", "data: "))
     containers.inside("podman", "kill", "--signal", "TERM", served)
-    wait_until(lambda: "may take 30 s to finish" in containers.logs(served), 60)
+    wait_until(lambda: "may take 300 s to finish" in containers.logs(served), 60)
     rest = stream.stdout.read()
     assert stream.wait(60) == 0
     stream.stdout.close()
@@ -131,7 +141,7 @@ def test_process_1_reaps_what_loses_its_parent(containers: Containers, served: s
     containers.inside("podman", "exec", served, "sh", "-c", "sleep 60 & echo $! > /tmp/orphan")
     orphan = int(containers.inside("podman", "exec", served, "cat", "/tmp/orphan"))
     wait_until(lambda: processes(containers, served)[orphan][2] == 1, 30)
-    containers.inside("podman", "exec", served, "kill", str(orphan))
+    containers.inside("podman", "exec", served, "sh", "-c", f"kill {orphan}")
     wait_until(lambda: orphan not in processes(containers, served), 30)
 
 
@@ -140,7 +150,7 @@ def test_ranks_of_a_killed_orchestrator_leave_nothing_and_the_service_goes_on(
 ) -> None:
     before = {rank["pid"] for rank in containers.ask(f"{URL}/ready")["ranks"]}
     (orchestrator,) = {processes(containers, served)[pid][2] for pid in before}
-    containers.inside("podman", "exec", served, "kill", "-KILL", str(orchestrator))
+    containers.inside("podman", "exec", served, "sh", "-c", f"kill -KILL {orchestrator}")
     wait_until(lambda: not {orchestrator, *before} & set(processes(containers, served)), 60)
     containers.wait_until_healthy(served)
     assert containers.ask(f"{URL}/v1/completions", prompt="import ", max_tokens=2)["choices"]
@@ -154,10 +164,11 @@ def test_it_has_the_kernels_and_no_compiler_no_pip_and_no_headers(containers: Co
         "print(*(KernelLibrary(item.name).instruction_set for item in INSTRUCTION_SETS))"
     )
     assert run(containers, image, "python", "-c", program).split() == ["avx512_bf16", "avx512", "avx2"]
-    names = ("cc", "c++", "g++*", "gcc*", "cc1*", "as", "ld", "make", "pip*", "curl", "Python.h", "protoc*")
+    compilers = ("cc", "c++", "gcc", "g++", "gcc-12", "g++-12", "cc1", "cc1plus", "clang", "as", "ld", "make")
+    names = (*compilers, "pip", "pip3", "curl", "wget", "Python.h", "protoc")
     looked_for = " -o ".join(f"-name {shlex.quote(name)}" for name in names)
     found = run(containers, image, "sh", "-c", f"find / -xdev -not -type d '(' {looked_for} ')' 2>/dev/null || :")
-    assert [path for path in found.splitlines() if not path.startswith(("/proc/", "/sys/"))] == []
+    assert found.splitlines() == []
 
 
 def test_nothing_of_the_builds_secrets_is_in_any_file_of_the_image_or_its_history(
