@@ -32,6 +32,8 @@ HOST_MEMORY_KINDS = (
     "resident",  # of the process, now: weights and KV cache in host memory are part of it
     "resident_peak",  # … and the most since it began
     "shared",  # of `resident`: shared with other processes, in collectives; the same memory counts on each rank
+    "host_available",  # that the host, or the cgroup, can still give to anyone: the same on each rank of a host
+    "host_total",  # … and what it has or grants in all
 )
 DEVICE_MEMORY_KINDS = ("device_allocated", "device_reserved", "device_peak")  # by torch; peak: the most allocated
 MEMORY_KINDS = HOST_MEMORY_KINDS + DEVICE_MEMORY_KINDS

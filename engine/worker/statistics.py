@@ -8,6 +8,7 @@ import torch
 from engine.checkpoint.mapped_memory import MappedMemory
 from engine.communication.handler import CommunicationHandler
 from engine.protocol.messages import RankReport, RankStats
+from engine.worker.host import free_memory, total_memory
 from engine.worker.step_times import StepTimes
 
 REPORT_INTERVAL = 1.0  # seconds
@@ -78,11 +79,12 @@ class RankStatistics:
 
 
 def process_memory(device: torch.device) -> dict[str, int]:
-    """Return this process's memory in bytes, by kinds of `engine.protocol.stats`."""
+    """Return this process's memory in bytes, and its host's, by kinds of `engine.protocol.stats`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     memory = {kind: int(fields[name].split()[0]) * 1024 for kind, name in STATUS_FIELDS.items()}  # kB means KiB
-    return memory | device_memory(device)
+    host = {"host_available": free_memory(), "host_total": total_memory()}
+    return memory | host | device_memory(device)
 
 
 def device_memory(device: torch.device) -> dict[str, int]:

@@ -127,6 +127,11 @@ def test_the_memory_of_a_process_is_what_the_kernel_says_in_bytes() -> None:
     assert without["resident_peak"] >= with_it["resident"] * 0.95 > without["resident"]
 
 
+def test_a_host_has_more_than_it_can_still_give() -> None:
+    memory = process_memory(CPU)
+    assert 0 < memory["host_available"] < memory["host_total"]
+
+
 def test_weights_that_are_no_mapped_files_are_in_memory() -> None:
     stats = make_statistics().take().stats
     assert (stats.weights_resident_ratio, stats.memory["weights_resident"]) == (1.0, FIXED["weights"])
