@@ -166,6 +166,7 @@ def run_block(words: str, **variables: str) -> None:
     subprocess.run(["bash", "-euc", block], env={**os.environ, **variables}, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_an_upgrade_lets_the_old_service_finish_while_the_new_one_answers() -> None:
     with ServiceProcess() as old, ServiceProcess() as new:
         run_block("127.0.0.1:8001", NEW=new.url.removeprefix("http://"))
