@@ -20,7 +20,7 @@ from tests.service_process import REQUEST_SECONDS, ServiceProcess, wait_until
 
 PARENT = "00f067aa0ba902b7"
 SOON = {"OTEL_BSP_SCHEDULE_DELAY": "100"}  # milliseconds between two batches
-SHUTDOWN_SECONDS = 20.0  # generous: 3 for the exporter, and the rest of the end
+SHUTDOWN_SECONDS = 60.0  # generous: 3 for the exporter, and the rest of the end
 numbers = count(1)
 
 
