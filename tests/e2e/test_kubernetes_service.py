@@ -31,6 +31,7 @@ class Probes:
     url: str
     container: Manifest
     answers: list[tuple[int, int, str]] = field(default_factory=list)
+    num_seen: int = 0
 
     def __enter__(self) -> Self:
         self._end = threading.Event()
@@ -55,9 +56,13 @@ class Probes:
                 self.answers.append((first.status_code, second.status_code, second.json()["state"]))
 
     def wait_for(self, state: str) -> None:
-        """Wait until the next answer that tells of a state."""
-        seen = len(self.answers)
-        wait_until(lambda: any(each[2] == state for each in self.answers[seen:]), 60)
+        """Wait for the first answer that tells of a state, after those that were waited for before."""
+
+        def states() -> list[str]:
+            return [each[2] for each in self.answers[self.num_seen :]]
+
+        wait_until(lambda: state in states(), 120)
+        self.num_seen += states().index(state) + 1
 
 
 @pytest.fixture(scope="module")
