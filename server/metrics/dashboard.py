@@ -158,14 +158,15 @@ def _style(kind: str) -> Json:
 
 def _options(kind: str) -> Json:
     last = {"calcs": ["lastNotNull"], "fields": "", "values": False}
-    return {
+    options: dict[str, Json] = {
         "timeseries": {
             "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
             "tooltip": {"mode": "multi", "sort": "desc"},
         },
         "stat": {"reduceOptions": last, "textMode": "value_and_name", "colorMode": "none", "graphMode": "none"},
         "table": {"showHeader": True},
-    }[kind]
+    }
+    return options[kind]
 
 
 _LABELS_ALONE = {

@@ -34,7 +34,11 @@ PAGES = (
     "troubleshooting.md",
 )
 # Pages whose commands are run, or checked, elsewhere; other pages have none.
-ELSEWHERE = {"kubernetes.md": "tests/e2e/test_kubernetes_docs.py", "container.md": "tests/container"}
+ELSEWHERE = {
+    "kubernetes.md": "tests/e2e/test_kubernetes_docs.py",
+    "container.md": "tests/container",
+    "monitoring.md": "tests/e2e/test_monitoring.py",
+}
 # Blocks that are not run here, by their first words, and why.
 NOT_RUN = {
     "sudo install -D": "needs root and systemd; test_deployment.py checks the unit, and runs its command",
