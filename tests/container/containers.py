@@ -111,7 +111,8 @@ class Containers:
 
     def inside(self, *command: str, seconds: float = COMMAND_SECONDS, cwd: Path | None = None) -> str:
         """Run a command where the containers are, with their network, as `outside` does."""
-        return _run([*self._enter, *command], self.environment, seconds, cwd)
+        change = [] if cwd is None else ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd)]  # who enters mounts begins at /
+        return _run([*self._enter, *change, *command], self.environment, seconds, None)
 
     def start_inside(self, *command: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
         """Start a command where the containers are, and return it."""
