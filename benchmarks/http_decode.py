@@ -13,19 +13,15 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from running_service import running_service
 
 from engine.bench.decode_costs import ModelCosts, StepCost
 from engine.bench.figures import aligned
@@ -35,32 +31,8 @@ from engine.protocol.model_config import ModelConfig
 from engine.protocol.model_directory import find_model_directory
 from engine.worker import host
 
-SERVE = (str(Path(sys.executable).with_name("ryzanstein")), "serve")
-START_SECONDS, END_SECONDS, REQUEST_SECONDS = 300.0, 30.0, 600.0
+REQUEST_SECONDS = 600.0
 LIMIT_TRIES = 3
-
-
-@contextmanager
-def service(arguments: list[str]) -> Iterator[str]:
-    """Run the service and yield its address."""
-    process = subprocess.Popen([*SERVE, *arguments, "--port", "0"], stderr=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.start()
-    assert process.stderr is not None
-    try:
-        lines: list[str] = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"https?://[\d.]+:\d+", line):
-                watchdog.cancel()
-                threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield found[0]
-                return
-        raise RuntimeError(f"the service did not start:\n{''.join(lines)}")
-    finally:
-        watchdog.cancel()
-        process.terminate()
-        process.wait(END_SECONDS)
 
 
 async def stream_times(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> list[float]:
@@ -118,7 +90,7 @@ def measure(namespace: argparse.Namespace, arguments: list[str]) -> list[dict[st
     limits = Limits(dtype if quantization == "none" else quantization)
     options = ["--dtype", namespace.dtype, "--tensor-parallel-size", str(tp_size), "--quantization", quantization]
     found: dict[int, list[dict[str, float]]] = {batch: [] for batch in namespace.batch}
-    with service([namespace.model, *options, *arguments]) as url:
+    with running_service([namespace.model, *options, *arguments]) as url:
         asyncio.run(run_batch(url, prompts, 1))
         for _ in range(namespace.runs):
             for batch in namespace.batch:

@@ -19,7 +19,8 @@ from server.errors import APIError, not_ready, timed_out, too_many
 from server.fair_queue import FairQueue
 from server.flights import Inbox
 from server.limits import QueueLimits
-from server.metrics import ABORT, QUEUE_FULL, Metrics
+from server.metrics.metrics import Metrics
+from server.metrics.table import ABORT, QUEUE_FULL
 
 
 class AdmissionInbox(Inbox):
@@ -27,6 +28,7 @@ class AdmissionInbox(Inbox):
 
     def __init__(self, on_tokens: Callable[[int], None]) -> None:
         super().__init__()
+        self.given_at: float | None = None  # when the engine was given its first sequence, by `time.perf_counter`
         self._on_tokens = on_tokens
         self._error: APIError | None = None
 
@@ -250,6 +252,7 @@ class AdmissionQueue:
             self._departures.begin(now)
         choices = admission.waiting.popleft()
         num_tokens = _num_prompt_tokens(choices)
+        admission.inbox.given_at = admission.inbox.given_at or now
         admission.in_engine.update(request.request_id for request in choices)
         self._num_in_engine += len(choices)
         self._num_waiting_tokens -= num_tokens

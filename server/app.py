@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from server.config import ServerConfig
@@ -13,6 +14,7 @@ from server.middleware.auth import APIKeyAuth
 from server.middleware.body_limit import BodyLimit
 from server.middleware.cors import CORS
 from server.middleware.draining import Draining
+from server.middleware.http_metrics import HTTPMetrics
 from server.middleware.overload import Overload
 from server.middleware.request_id import REQUEST_ID_HEADER, RequestID
 from server.openapi import API
@@ -20,13 +22,14 @@ from server.routes import chat, completions, docs, health, models, streams, toke
 from server.service import Service
 
 EXPOSED_HEADERS = (REQUEST_ID_HEADER, "retry-after")
+ROUTERS = [module.router for module in (completions, chat, streams, tokenize, models, health, docs)]
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it, the access log shows it
 
 
 def create_app(service: Service, config: ServerConfig, credentials: Credentials) -> ASGIApp:
     """Return the application that serves `service`, and all that is around it."""
-    app: ASGIApp = _api(service, is_locked=bool(credentials.keys))
-    app = Overload(app, service.queue)
+    api = _api(service, is_locked=bool(credentials.keys))
+    app: ASGIApp = Overload(api, service.queue)
     app = Draining(app, service.drain)
     if credentials.keys:
         app = APIKeyAuth(app, credentials.keys, service.metrics)
@@ -42,18 +45,24 @@ def create_app(service: Service, config: ServerConfig, credentials: Credentials)
         )
     if config.access_log:
         app = AccessLog(app)
-    return RequestID(app)
+    app = service.traces.wrap(app)
+    return HTTPMetrics(RequestID(app), _routes(api), service.metrics)
 
 
 def _api(service: Service, *, is_locked: bool) -> FastAPI:
     app = API(version=health.VERSION, is_locked=is_locked)
     app.state.service = service
-    for module in (completions, chat, streams, tokenize, models, health, docs):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.mount(docs.ASSETS_PATH, docs.ASSETS)
     install_error_handlers(app)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     return app
+
+
+def _routes(app: FastAPI) -> list[BaseRoute]:
+    """Return all that requests can get to; FastAPI's own list does not look into the routers it includes."""
+    return [*app.routes, *(route for router in ROUTERS for route in router.routes)]
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

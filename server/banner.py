@@ -1,10 +1,16 @@
 """What is printed once requests are taken."""
 
+import logging
 import socket
+import sys
 
 from engine.protocol.config import RankSpec
+from engine.protocol.logs import fields_of
 from engine.protocol.messages import GroupStatus
 from engine.protocol.units import format_bytes
+from server.logs import is_json
+
+logger = logging.getLogger(__name__)
 
 
 def banner(status: GroupStatus, spec: RankSpec, name: str, url: str) -> str:
@@ -27,6 +33,25 @@ def banner(status: GroupStatus, spec: RankSpec, name: str, url: str) -> str:
         ("API", f"{url}/v1  (docs {url}/docs, metrics {url}/metrics)"),
     ]
     return "\n".join(["ryzanstein is ready", *(f"  {name:<9} {text}" for name, text in lines)])
+
+
+def announce_ready(status: GroupStatus, spec: RankSpec, name: str, url: str) -> None:
+    """Write the banner; to a log that is JSON, one record."""
+    if not is_json():
+        sys.stderr.write(banner(status, spec, name, url) + "\n")
+        return
+    fields = fields_of(
+        url=url,
+        model=name,
+        epoch=status.epoch,
+        tensor_parallel_size=spec.engine.tensor_parallel_size,
+        pids=[rank.pid for rank in status.ranks],
+        kernels=status.kernels,
+        memory=status.memory,
+        num_kv_blocks=status.num_kv_blocks,
+        max_model_len=status.max_model_len,
+    )
+    logger.info("ryzanstein is ready: %s", url, extra=fields)
 
 
 def listening_url(listener: socket.socket, scheme: str) -> str:

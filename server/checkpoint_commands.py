@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.protocol.commands import ExportCommand, InspectCommand, ShardCommand, VerifyCommand
+from engine.protocol.logs import LogConfig
 from engine.protocol.model_config import ModelConfig
 from server.engine_command import EITHER_FORM, EngineCommand, Place, add_engine_commands
 from server.logs import configure_logging
@@ -72,6 +73,6 @@ def _with_model_here(command: Any) -> object:
     def check(directory: Path) -> None:
         ModelConfig.from_directory(directory).check_tensor_parallel_size(command.tensor_parallel_size)
 
-    configure_logging("info")
+    configure_logging(LogConfig())
     name = command.model_name or command.source
     return replace(command, source=str(resolve(command.source, ModelSourceConfig(), check)), model_name=name)

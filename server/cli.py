@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from server.early_engine import EarlyEngine
 from server.launch import EngineProcess
 from server.limits import QueueLimits, RequestLimits
 from server.listener import listen
-from server.logs import configure_logging
+from server.logs import configure_logging, tell
 from server.model_files import ModelFiles
 from server.model_source.config import ModelSourceConfig
 from server.model_source.resolve import resolve
@@ -38,6 +39,7 @@ from server.options import (
     unknown_variables,
 )
 from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
+from server.tracing.extra import require_extra
 
 EXIT_STOPPED, EXIT_USER_ERROR = 0, 2
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: a doctor that was stopped has not said that all is well
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, engine: EarlyEngine | None = No
         code: int = namespace.run(namespace)
         return code
     except ValueError as error:
-        print(f"ryzanstein: error: {error}", file=sys.stderr)
+        tell(logging.ERROR, str(error))
         return EXIT_USER_ERROR
     except StopRequested:
         return EXIT_STOPPED
@@ -166,19 +168,26 @@ def configure(namespace: argparse.Namespace, environment: Mapping[str, str]) -> 
     """
     engine_options, server_options = options_of(EngineConfig), options_of(ServerConfig)
     options = [*engine_options, *server_options]
-    unknown = unknown_variables(environment, options)
-    if unknown:
-        print(f"ryzanstein: warning: no option reads {', '.join(unknown)}", file=sys.stderr)
     path = namespace.config or environment.get("RYZANSTEIN_CONFIG")
     file: dict[str, Value] = from_file(path, options) if path else {}
     sources = from_command_line(namespace, options), from_environment(environment, options), file
     return build(EngineConfig, engine_options, *sources), build(ServerConfig, server_options, *sources)
 
 
+def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Name variables that look like options and are none."""
+    unknown = unknown_variables(environment, [*options_of(EngineConfig), *options_of(ServerConfig)])
+    if unknown:
+        tell(logging.WARNING, f"no option reads {', '.join(unknown)}")
+
+
 def _serve(engine: EngineConfig, server: ServerConfig, namespace: argparse.Namespace) -> int:
     """Check what is cheap to check, tell the engine, and import and build the server while it loads."""
-    configure_logging(server.log_level)
+    configure_logging(server.log)
+    warn_of_unknown_variables(os.environ)
     check_open_files()
+    if server.otlp_traces_endpoint is not None:
+        require_extra()
     credentials = Credentials.load(server)
     with listen(server.host, server.port) as listener, contextlib.ExitStack() as ending:
         name = server.model_name(engine.model)
@@ -188,7 +197,7 @@ def _serve(engine: EngineConfig, server: ServerConfig, namespace: argparse.Names
         weights = ShardedWeights(find_entry(Path(engine.model), engine, model_config, server))
         ending.callback(weights.close)
         with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it
-            process = EngineProcess(engine, weights=weights.directory, early=namespace.early_engine)
+            process = EngineProcess(engine, weights=weights.directory, early=namespace.early_engine, log=server.log)
             ending.callback(process.stop)
         # FastAPI takes half a second to import, which the ranks use to import torch.
         from server.run import run  # noqa: PLC0415
@@ -207,6 +216,7 @@ def _read_model(engine: EngineConfig, directory: Path) -> tuple[ModelConfig, Mod
 
 def _doctor(engine: EngineConfig, server: ServerConfig, namespace: argparse.Namespace) -> int:
     """Check what `_serve` would run into."""
+    warn_of_unknown_variables(os.environ)
     from server.doctor.report import UnwritableError  # noqa: PLC0415  (serving does not need it)
     from server.doctor.run import examine  # noqa: PLC0415
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine.protocol.config import EMBEDDED_MODEL, option
+from engine.protocol.logs import LOG_FORMATS, LOG_LEVELS, LogConfig
 from server.limits import MAX_TIMEOUT, QueueLimits, RequestLimits
 from server.model_source.config import ModelSourceConfig, is_hub_name
 
 EMBEDDED_MODEL_NAME = "ryzanstein-embedded"
 ANY = ("*",)
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_HTTP_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s:@\[\]]+)(:[0-9]{1,5})?(/\S*)?")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -62,8 +64,19 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
     drain_timeout: float = option(
         30.0, "seconds that requests have to finish after SIGTERM or Ctrl-C; 0: they end at once"
     )
+    otlp_traces_endpoint: str | None = option(
+        None, "URL to which OpenTelemetry traces go over OTLP/HTTP, such as http://localhost:4318/v1/traces"
+    )
     access_log: bool = option(True, "write one line for each request, without its body")
-    log_level: str = option("info", "least important messages to write", choices=("debug", "info", "warning", "error"))
+    vllm_metric_names: bool = option(
+        False, "serve metrics under vLLM's names, too: for the endpoint picker of Kubernetes' inference gateways"
+    )
+    log_level: str = option("info", "least important messages to write, by server and ranks", choices=LOG_LEVELS)
+    log_format: str = option(
+        "text",
+        "how the log is written to standard error; json: every process writes an object a line",
+        choices=LOG_FORMATS,
+    )
 
     def __post_init__(self) -> None:
         RequestLimits.__post_init__(self)
@@ -80,6 +93,11 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
             raise ValueError(f"--max-body-size must be between 1 and 2**40 bytes, not {self.max_body_size}")
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("--api-key and --api-key-file both hold the key: give one of them")
+        if self.otlp_traces_endpoint is not None and not _HTTP_URL.fullmatch(self.otlp_traces_endpoint):
+            raise ValueError(
+                "--otlp-traces-endpoint must be like http://localhost:4318/v1/traces (OTLP over HTTP), "
+                f"not {self.otlp_traces_endpoint!r}"
+            )
         self._check_times()
         self._check_tls()
         self._check_cors()
@@ -123,6 +141,11 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
             for name, default in (("allowed_methods", ANY), ("allowed_headers", ANY), ("allow_credentials", False)):
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name.replace('_', '-')} has no effect without --allowed-origins")
+
+    @property
+    def log(self) -> LogConfig:
+        """What all processes write to standard error."""
+        return LogConfig(self.log_level, self.log_format)
 
     def model_name(self, model: str) -> str:
         """Return the name under which the API offers `model`, which is a directory or a name on the hub."""

@@ -24,7 +24,8 @@ from engine.protocol.messages import (
 )
 from server.errors import not_ready
 from server.flights import Flight, Inbox
-from server.metrics import ABORT, FIRST_TOKEN, Metrics
+from server.metrics.metrics import Metrics
+from server.metrics.table import ABORT, FIRST_TOKEN
 from server.suspects import Suspects
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class EngineClient:
         """Stop a sequence that is complete although the engine would go on."""
         for flight in self._take_out([request_id]):
             self._metrics.finished.labels(FinishReason.STOP.value).inc()
-            self._metrics.e2e_latency.observe(time.perf_counter() - flight.arrival)
+            self._measure_whole(flight, time.perf_counter())
 
     def _take_out(self, request_ids: Iterable[str]) -> list[Flight]:
         """Remove flights, and tell the engine."""
@@ -286,6 +287,7 @@ class EngineClient:
         del self._waiting[flight.request_id]
         wire_id = f"{flight.request_id}~{self._num_recalls}" if self._num_recalls else flight.request_id
         self._sent[wire_id] = flight
+        flight.sent = time.perf_counter()
         return flight.send_as(wire_id)
 
     async def _receive(self, channel: EngineChannel) -> None:
@@ -322,6 +324,7 @@ class EngineClient:
         output = flight.take(output)
         if not had_begun and flight.request.sampling.choice_index == 0:  # choices share their prompt
             self._metrics.prompt_tokens.inc(len(flight.request.prompt_token_ids))
+            self._metrics.prompt_lengths.observe(len(flight.request.prompt_token_ids))
         self._measure(flight, output, now, had_tokens=had_tokens)
         if output.token_ids:
             self._note_token(flight, now)
@@ -346,14 +349,29 @@ class EngineClient:
         metrics = self._metrics
         if output.queue_seconds is not None:
             metrics.queue_time.observe(output.queue_seconds)
+            flight.first_step = flight.sent + output.queue_seconds
         if output.token_ids:
             metrics.generation_tokens.inc(len(output.token_ids))
             if flight.last_token is not None:
                 metrics.inter_token_latency.observe(now - flight.last_token)
             elif not had_tokens:
                 metrics.time_to_first_token.observe(now - flight.arrival)
+                flight.first_token = now
+                if flight.first_step is not None:
+                    metrics.prefill_time.observe(now - flight.first_step)
             flight.last_token = now
         if output.finish_reason is not None:
             metrics.finished.labels(output.finish_reason.value).inc()
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            metrics.e2e_latency.observe(now - flight.arrival)
+            self._measure_whole(flight, now)
+
+    def _measure_whole(self, flight: Flight, now: float) -> None:
+        """A sequence has come to its end."""
+        metrics, num_tokens = self._metrics, len(flight.token_ids)
+        metrics.e2e_latency.observe(now - flight.arrival)
+        metrics.generation_lengths.observe(num_tokens)
+        if flight.first_token is not None and flight.last_token is not None:
+            seconds = flight.last_token - flight.first_token
+            metrics.decode_time.observe(seconds)
+            if num_tokens > 1:
+                metrics.time_per_output_token.observe(seconds / (num_tokens - 1))

@@ -43,7 +43,10 @@ class Flight:
     token_ids: list[int] = field(init=False)  # received
     num_prompt_logprobs: int = field(init=False)  # received
     has_begun: bool = field(init=False)  # something was received
-    last_token: float | None = None  # when the last one came, by `time.perf_counter`
+    sent: float = 0.0  # when it was, by the same clock
+    first_step: float | None = None  # about when the engine began with it
+    first_token: float | None = None  # when that came, if it came to this flight
+    last_token: float | None = None  # when the last one came
     num_losses: int = 0  # groups that died in a step with it since it last got a token
 
     def __post_init__(self) -> None:

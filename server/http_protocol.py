@@ -15,6 +15,7 @@ from http import HTTPStatus
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from engine.protocol.logs import fields_of
 from server.errors import APIError
 from server.middleware.request_id import REQUEST_ID_HEADER
 
@@ -216,7 +217,8 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         """Answer where no request has reached the application, and close."""
         request_id = uuid.uuid4().hex
         client = "{}:{}".format(*self.client) if self.client else "-"
-        LOGGER.info("%s %d %s [%s]", client, status, message, request_id)
+        fields = fields_of(request_id=request_id, client=client, status=status)
+        LOGGER.info("%s %d %s [%s]", client, status, message, request_id, extra=fields)
         latest = self._latest()
         if latest is None or latest.response_complete or not latest.response_started:
             body = APIError(message).body()

@@ -17,9 +17,11 @@ from typing import IO
 import msgspec
 
 from engine.protocol.config import RUN_DIR_FILES, EngineConfig, RankSpec
+from engine.protocol.logs import LogConfig
 from server.early_engine import ORCHESTRATOR, EarlyEngine
 from server.environment import engine_environment
 
+TEXT_LOG = LogConfig()
 LONGEST_RUN_DIR = 70  # bytes; the sockets in it have names, and their paths end at 107
 STOP_SECONDS = 2.5  # for an orderly end, before everything is killed
 KILL_SECONDS = 30.0  # for what was killed to be gone: memory in use takes time to be given back
@@ -39,11 +41,12 @@ class EngineProcess:
         weights: Path | None = None,
         early: EarlyEngine | None = None,
         stdout: int | IO[str] | None = None,
+        log: LogConfig = TEXT_LOG,
     ) -> None:
         """Start `command`, with the path of the spec appended; its standard output goes where errors go, or `stdout`.
 
         An orchestrator that was started `early` is told the path instead. The ranks read the weights in directory
-        `weights`, or in the model's own.
+        `weights`, or in the model's own. All write their log as `log` says.
 
         Raises:
             ValueError: if no folder for its sockets can be made.
@@ -55,7 +58,11 @@ class EngineProcess:
         self._is_stopped = False
         self._changing = threading.Lock()  # held while the process is ended, or another takes its place
         self.spec = RankSpec(
-            engine=engine, epoch=1, run_dir=str(self.run_dir), weights="" if weights is None else str(weights)
+            engine=engine,
+            epoch=1,
+            run_dir=str(self.run_dir),
+            weights="" if weights is None else str(weights),
+            log=log,
         )
         try:
             spec_path = self._write_spec()

@@ -24,10 +24,11 @@ class LoadingProgress:
 
     Args:
         stream: standard error.
+        has_bar: whether a bar may be shown there, if it is a terminal.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._display: _Bar | _Lines = _Bar(stream) if _is_terminal(stream) else _Lines()
+    def __init__(self, stream: TextIO, *, has_bar: bool = True) -> None:
+        self._display: _Bar | _Lines = _Bar(stream) if has_bar and _is_terminal(stream) else _Lines()
         self._is_closed = False
 
     def follow(self, status: GroupStatus) -> None:

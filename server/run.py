@@ -16,7 +16,7 @@ from engine.protocol.affinity import keep_process_on
 from engine.protocol.messages import GroupStatus
 from server.admission import AdmissionQueue
 from server.app import create_app
-from server.banner import banner, listening_url
+from server.banner import announce_ready, listening_url
 from server.config import ServerConfig
 from server.credentials import Credentials
 from server.drain import Drain
@@ -24,13 +24,16 @@ from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.launch import EngineProcess
 from server.loading_progress import LoadingProgress
-from server.metrics import Metrics
+from server.logs import tell
+from server.metrics.metrics import Metrics
 from server.model_source.sharded_weights import ShardedWeights
+from server.routes.health import VERSION
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal
 from server.streams import StreamStore
 from server.supervisor import Supervisor
 from server.threads import in_daemon_thread
+from server.tracing.base import start_traces
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +66,13 @@ async def _serve(
     stopping = asyncio.create_task(stop.first.wait())
     hurrying = asyncio.create_task(stop.second.wait())
     context = zmq.asyncio.Context()
-    metrics = Metrics()
+    engine = process.spec.engine
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
+    metrics = Metrics(model.name, engine, dtype, vllm_names=config.vllm_metric_names)
     client = EngineClient(context, metrics)
-    queue = AdmissionQueue(client, metrics, config, process.spec.engine.max_num_seqs)
+    queue = AdmissionQueue(client, metrics, config, engine.max_num_seqs)
     ready = asyncio.Event()
-    loading = LoadingProgress(sys.stderr)
+    loading = LoadingProgress(sys.stderr, has_bar=not config.log.is_json)
     url = listening_url(listener, "http" if credentials.tls is None else "https")
 
     def announce(status: GroupStatus) -> None:
@@ -75,11 +80,12 @@ async def _serve(
         keep_process_on(status.service_cpus)
         if stop.first.is_set():  # nobody is to send anything any more
             return
-        sys.stderr.write(banner(status, process.spec, model.name, url) + "\n")
+        announce_ready(status, process.spec, model.name, url)
         weights.start_writing()
 
     streams = StreamStore(config.stream_resume_timeout, config.stream_resume_memory, metrics)
-    service = Service(model, queue, metrics, config, streams)
+    traces = start_traces(config.otlp_traces_endpoint, model=model.name, version=VERSION)
+    service = Service(model, queue, metrics, config, streams, traces=traces)
     http = HTTPServer(create_app(service, config, credentials), config, credentials, metrics.slow_clients.inc)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
@@ -97,10 +103,11 @@ async def _serve(
             task.cancel()
         http.stop()
         await asyncio.gather(serving, supervising, in_daemon_thread(process.stop), return_exceptions=True)
+        await traces.close()
         context.destroy(linger=0)
     if failure is not None:
         error = failure.error if ready.is_set() else weights.explain(failure.error)
-        sys.stderr.write(f"ryzanstein: error: {error}\n")
+        tell(logging.ERROR, error)
         return EXIT_USER_ERROR if failure.is_user_error and not ready.is_set() else EXIT_FAILED
     if not stopping.done():
         serving.result()  # the HTTP server ended by itself: raise what ended it

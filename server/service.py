@@ -25,7 +25,7 @@ from server.drain import Drain
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Completion, Generation, GenerationPlan
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model_files import ModelFiles, SamplingDefaults
 from server.sampling import sampling_params
 from server.streams import Stream, StreamStore
@@ -33,6 +33,7 @@ from server.text.chat_template import ChatTemplate
 from server.text.token_bytes import TokenBytes
 from server.text.tokenizer import Tokenizer
 from server.threads import in_daemon_thread
+from server.tracing.base import Traces
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class TextModel:
 
     name: str
     vocab_size: int
+    dtype: str  # of the checkpoint's weights
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     sampling_defaults: SamplingDefaults
@@ -69,6 +71,7 @@ class TextModel:
         return cls(
             name=server.model_name(str(files.directory)),
             vocab_size=model.vocab_size,
+            dtype=model.dtype,
             tokenizer=tokenizer,
             chat_template=None if source is None else ChatTemplate(source, special_tokens),
             sampling_defaults=files.sampling_defaults(),
@@ -101,6 +104,7 @@ class Service:
     limits: ServerConfig
     streams: StreamStore
     drain: Drain = field(default_factory=Drain)
+    traces: Traces = field(default_factory=Traces)
     long_work: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LONG_WORK))
 
     @property
@@ -204,7 +208,7 @@ class Service:
             key=key,
             deadline=self._deadline(body, arrival),
         )
-        return Generation(self.queue, self._spelling(body), plan)
+        return self.traces.new_generation(self.queue, self._spelling(body), plan)
 
     def stream(self, body: GenerationRequest, generation: Generation, encoder: ChunkEncoder, key: str) -> Stream:
         """Return `generation` as a stream of chunks, which only `key` may read."""

@@ -12,7 +12,7 @@ from server.choice import Delta
 from server.errors import APIError
 from server.event_log import EventLog
 from server.generation import Generation
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 DONE = b"[DONE]"
 STREAM_BYTES = 2048  # of a stream besides its events and its tokens, about

@@ -14,6 +14,8 @@ from typing import Any, Self
 import httpx
 import psutil
 
+from tests.metric_samples import sample_lines
+
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120.0  # generous: only a hang should exceed it
 REQUEST_SECONDS = 120.0
@@ -96,7 +98,7 @@ class ServiceProcess:
         """Return the sum of a metric's samples whose label text contains `labels`; 0 when there is none."""
         values = [
             float(line.rsplit(" ", 1)[1])
-            for line in httpx.get(f"{self.url}/metrics").text.splitlines()
+            for line in sample_lines(httpx.get(f"{self.url}/metrics").text)
             if re.match(rf"{name}({{| )", line) and labels in line
         ]
         return sum(values)

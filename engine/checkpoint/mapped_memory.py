@@ -25,8 +25,9 @@ EHWPOISON = 133  # errno has no name for it
 CHUNK_BYTES = 2 << 20  # brought in at once; a few tenths of a millisecond, in which nothing else can be mapped
 LOWEST_PRIORITY = 19  # nice(1)
 SETTLE_SECONDS = 0.25  # from loading what is in the page cache to mapping what was not used until then
-FEW_PROBES = 16  # pages of each file that tell whether it is to be read
-PROBES = 1024  # pages, of all files together, that are asked whether they are in memory
+FEW_PROBES = 16  # places of each file that tell whether it is to be read
+PROBES = 64  # places, of all files together, that are asked about; a question takes longer than its pages do
+PROBE_PAGES = 16  # that a place has
 PAGE = mmap.PAGESIZE
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def _populate(address: int, length: int) -> bool:
 
 
 def share_probes(lengths: list[int]) -> list[int]:
-    """Return how many pages to ask about in each of some ranges of so many bytes, by their size; one in each at least.
+    """Return how many places to ask about in each of some ranges of so many bytes, by their size; one in each at least.
 
     They are asked about while the service runs: many files must not take more time than one.
     """
@@ -145,13 +146,14 @@ def share_probes(lengths: list[int]) -> list[int]:
 
 def _resident_share(address: int, length: int, count: int) -> float:
     pages = length // PAGE
-    vector = (ctypes.c_ubyte * 1)()
+    asked = min(PROBE_PAGES, pages)
+    vector = (ctypes.c_ubyte * asked)()
     found = 0
     for index in range(count):
-        page = address + pages * index // count * PAGE
-        if _libc().mincore(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), vector) == 0:
-            found += vector[0] & 1
-    return found / count
+        page = address + (pages - asked) * index // max(1, count - 1) * PAGE
+        if _libc().mincore(ctypes.c_void_p(page), ctypes.c_size_t(asked * PAGE), vector) == 0:
+            found += sum(flags & 1 for flags in vector)
+    return found / (count * asked)
 
 
 def _madvise(address: int, length: int, advice: int) -> int:

@@ -4,14 +4,22 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from engine.communication.timing import RunTimer
 from engine.protocol.messages import HistogramDelta
 
 
 class CollectiveTimes(NamedTuple):
-    """Histograms in seconds since the last take, by operation, as `/metrics` adds them up."""
+    """What was counted since the last take, by operation, as `/metrics` adds it up; histograms are of seconds."""
 
     whole: dict[str, HistogramDelta]
     waiting: dict[str, HistogramDelta]  # of these, for slower ranks; none where that is not known
+    num_bytes: dict[str, int]  # of all calls; see `call_bytes`
+
+
+def call_bytes(operation: str, num_bytes: int, world_size: int) -> int:
+    """Return the bytes of a call of which each rank's part has `num_bytes`, as nccl-tests counts them."""
+    is_of_all = operation in ("all_gather", "gather", "reduce_scatter")
+    return num_bytes * world_size if is_of_all else num_bytes
 
 
 class Collectives(Protocol):
@@ -55,7 +63,11 @@ class Collectives(Protocol):
         ...
 
     def take_times(self) -> CollectiveTimes:
-        """Return the collectives' times since the last take."""
+        """Return the collectives' times since the last take; none where they are not timed."""
+        ...
+
+    def run_timer(self) -> RunTimer:
+        """Return what tells computing from communicating in this rank's runs."""
         ...
 
     def close(self) -> None:

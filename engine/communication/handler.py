@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.communication.base import Collectives, CollectiveTimes
+from engine.communication.timing import CudaTimer, HostRunTimer, RunTimer
 from engine.communication.torch_collectives import TorchCollectives
 
 
@@ -18,14 +19,19 @@ class CommunicationHandler:
     Args:
         device: where this rank computes.
         ranks: the group: torch's, or what `ProcessGroupManager` has found to be the fastest. None: there is one rank.
+        is_timed: whether collectives of torch's group are timed and counted.
 
     Raises:
         RuntimeError: (any collective) when another rank is gone, or does not come within the group's time-out.
     """
 
-    def __init__(self, device: torch.device, ranks: dist.ProcessGroup | Collectives | None = None) -> None:
+    def __init__(
+        self, device: torch.device, ranks: dist.ProcessGroup | Collectives | None = None, *, is_timed: bool = True
+    ) -> None:
         self.device = device
-        self._collectives = TorchCollectives(device, ranks) if isinstance(ranks, dist.ProcessGroup) else ranks
+        if isinstance(ranks, dist.ProcessGroup):
+            ranks = TorchCollectives(device, ranks, is_timed=is_timed)
+        self._collectives = ranks
         self.rank = 0 if self._collectives is None else self._collectives.rank
         self.world_size = 1 if self._collectives is None else self._collectives.world_size
 
@@ -98,7 +104,13 @@ class CommunicationHandler:
 
     def take_times(self) -> CollectiveTimes:
         """Return the collectives' times since the last take."""
-        return CollectiveTimes({}, {}) if self._collectives is None else self._collectives.take_times()
+        return CollectiveTimes({}, {}, {}) if self._collectives is None else self._collectives.take_times()
+
+    def run_timer(self) -> RunTimer:
+        """Return what tells computing from communicating in this rank's runs, where collectives are timed."""
+        if self._collectives is not None:
+            return self._collectives.run_timer()
+        return CudaTimer() if self.device.type == "cuda" else HostRunTimer(lambda: 0.0)
 
     def close(self) -> None:
         """Leave the group; the other ranks' open collectives then fail. May be called twice."""

@@ -57,7 +57,14 @@ class _Mapped(msgspec.Struct, frozen=True):
 
 
 def share_memory(
-    store: Any, rank: int, world_size: int, *, timeout_seconds: float, spin_seconds: float, directory: Path
+    store: Any,
+    rank: int,
+    world_size: int,
+    *,
+    timeout_seconds: float,
+    spin_seconds: float,
+    is_timed: bool,
+    directory: Path,
 ) -> SharedMemoryCollectives:
     """Return this rank's end of the group; all ranks come here together.
 
@@ -67,6 +74,7 @@ def share_memory(
         world_size: how many there are.
         timeout_seconds: how long ranks are waited for, here and in each collective.
         spin_seconds: see `SharedMemoryCollectives`.
+        is_timed: likewise.
         directory: of a file system in memory.
 
     Raises:
@@ -89,6 +97,7 @@ def share_memory(
         store=store,
         timeout_seconds=timeout_seconds,
         spin_seconds=spin_seconds,
+        is_timed=is_timed,
     )
     collectives.barrier()  # whoever leaves may take the store along, which until here others were reading
     collectives.take_times()  # those of what is computed begin now

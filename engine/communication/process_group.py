@@ -90,6 +90,7 @@ class ProcessGroupManager:
         timeout_seconds: how long joining, and then each collective, may take.
         collectives: one of `engine.protocol.config.COLLECTIVES`, on all ranks the same.
         shared_memory: directory of a file system in memory.
+        is_timed: whether collectives are timed and counted.
 
     Raises:
         ValueError: when torchrun's variables are missing or wrong, or `collectives` cannot be had.
@@ -103,6 +104,7 @@ class ProcessGroupManager:
         timeout_seconds: float = 300.0,
         collectives: str = "auto",
         shared_memory: Path = SHARED_MEMORY,
+        is_timed: bool = True,
     ) -> None:
         environment = RankEnvironment.read(os.environ)
         self.rank = environment.rank
@@ -116,7 +118,7 @@ class ProcessGroupManager:
         timeout = timedelta(seconds=timeout_seconds)
         store = _meet(environment, timeout)
         if device.type == "cpu" and collectives != "gloo":
-            ends = _share_memory(environment, store, timeout, collectives, shared_memory)
+            ends = _share_memory(environment, store, timeout, collectives, shared_memory, is_timed)
             if ends is not None:
                 self.tensor_parallel = CommunicationHandler(device, ends)
                 return
@@ -128,7 +130,7 @@ class ProcessGroupManager:
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-        self.tensor_parallel = CommunicationHandler(device, dist.group.WORLD)
+        self.tensor_parallel = CommunicationHandler(device, dist.group.WORLD, is_timed=is_timed)
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +146,7 @@ class ProcessGroupManager:
 
 
 def _share_memory(
-    environment: RankEnvironment, store: Any, timeout: timedelta, collectives: str, directory: Path
+    environment: RankEnvironment, store: Any, timeout: timedelta, collectives: str, directory: Path, is_timed: bool
 ) -> SharedMemoryCollectives | None:
     """Return this rank's end of collectives over shared memory, or None, on all ranks, where gloo is to do."""
     try:
@@ -154,6 +156,7 @@ def _share_memory(
             environment.world_size,
             timeout_seconds=timeout.total_seconds(),
             spin_seconds=_spin_seconds(environment),
+            is_timed=is_timed,
             directory=directory,
         )
     except CannotShareError as error:

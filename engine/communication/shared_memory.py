@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.communication.base import CollectiveTimes
+from engine.communication.base import CollectiveTimes, call_bytes
+from engine.communication.timing import HostRunTimer
 from engine.kernels.library import KernelLibrary
 from engine.protocol.messages import HistogramDelta
-from engine.protocol.stats import TIME_BUCKETS
+from engine.protocol.stats import OPERATIONS, TIME_BUCKETS
 
 MOST_RANKS = 64
 SLOT_BYTES = 256 << 10  # what a rank shares at a time; a multiple of 64 for each of 64 ranks
 MOST_SUMMED_BY_ALL = 32 << 10  # bytes of an all-reduce which every rank sums as a whole
 
-# As collectives.cpp numbers them.
-OPERATIONS = ("all_reduce", "all_gather", "gather", "broadcast", "reduce_scatter", "barrier")
+# As collectives.cpp numbers them; it has the operations in the order of OPERATIONS.
 SUMMED_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int64: 4}
 MISSING, DIED, LEFT = 1, 2, 3
 
@@ -42,6 +42,7 @@ class SharedMemoryCollectives:
         store: what the ranks share beside.
         timeout_seconds: how long a rank is waited for.
         spin_seconds: how long a rank that waits looks for the others before it sleeps.
+        is_timed: whether operations are timed and counted.
 
     Raises:
         RuntimeError: if there is no memory for this end.
@@ -59,6 +60,7 @@ class SharedMemoryCollectives:
         store: Any,
         timeout_seconds: float,
         spin_seconds: float,
+        is_timed: bool = True,
     ) -> None:
         self.rank = rank
         self.world_size = len(pidfds)
@@ -84,9 +86,11 @@ class SharedMemoryCollectives:
             (c_int * self.world_size)(*pidfds),
             (c_int64 * len(TIME_BUCKETS))(*(round(bound * 1e9) for bound in TIME_BUCKETS)),
             len(TIME_BUCKETS),
+            is_timed,
         )
         if self._end is None:
             raise RuntimeError(f"rank {rank} has no memory left for its end of the group")
+        self._spent_ns = c_int64.from_address(library.function("collectives_spent_ns")(self._end))
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over the ranks; see `Collectives`."""
@@ -136,15 +140,28 @@ class SharedMemoryCollectives:
             raise self._error()
 
     def take_times(self) -> CollectiveTimes:
-        """Return the times since the last take; none for a rank that has left."""
+        """Return what was counted since the last take; nothing for a rank that has left."""
+        times = CollectiveTimes({}, {}, {})
         if self._end is None:
-            return CollectiveTimes({}, {})
-        length = len(TIME_BUCKETS) + 2  # the last bucket is without a bound, and the sum follows
-        numbers = (c_int64 * (2 * length * len(OPERATIONS)))()
+            return times
+        half = len(TIME_BUCKETS) + 2  # the last bucket is without a bound, and the sum follows
+        length = 2 * half + 1  # of times and of waiting; then the bytes
+        numbers = (c_int64 * (length * len(OPERATIONS)))()
         self._library.function("collectives_take_times")(self._end, numbers)
-        histograms = [list(numbers[at : at + length]) for at in range(0, len(numbers), length)]
-        whole, waiting = (dict(zip(OPERATIONS, histograms[first::2], strict=True)) for first in (0, 1))
-        return CollectiveTimes(_deltas(whole), _deltas(waiting))
+        for index, operation in enumerate(OPERATIONS):
+            row = numbers[index * length : (index + 1) * length]
+            if any(row[: half - 1]):
+                times.whole[operation] = _delta(row[:half])
+                times.waiting[operation] = _delta(row[half:-1])
+                times.num_bytes[operation] = call_bytes(operation, row[-1], self.world_size)
+        return times
+
+    def run_timer(self) -> HostRunTimer:
+        """Return what tells computing from communicating."""
+        return HostRunTimer(self._seconds_spent)
+
+    def _seconds_spent(self) -> float:
+        return 0.0 if self._end is None else self._spent_ns.value / 1e9
 
     def close(self) -> None:
         """Leave the group; the other ranks' open collectives then fail. May be called twice."""
@@ -201,13 +218,8 @@ def _summed_type(tensor: Tensor) -> int:
     return number
 
 
-def _deltas(histograms: dict[str, list[int]]) -> dict[str, HistogramDelta]:
-    """Return those that have counted something."""
-    return {
-        name: HistogramDelta(numbers[:-1], numbers[-1] / 1e9)
-        for name, numbers in histograms.items()
-        if any(numbers[:-1])
-    }
+def _delta(numbers: list[int]) -> HistogramDelta:
+    return HistogramDelta(numbers[:-1], numbers[-1] / 1e9)
 
 
 def _describe(failure: _Failure) -> str:

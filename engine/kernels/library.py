@@ -18,9 +18,10 @@ POINTER, SIZE = c_void_p, c_int64  # a tensor's data_ptr() or a pool; a count
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pool_destroy": (POINTER,),
     "collectives_segment_bytes": (c_int, SIZE),
-    "collectives_create": (POINTER, c_int, c_int, *[SIZE] * 4, POINTER, POINTER, c_int),
+    "collectives_create": (POINTER, c_int, c_int, *[SIZE] * 4, POINTER, POINTER, c_int, c_int),
     "collectives_destroy": (POINTER,),
     "collectives_failure": (POINTER, POINTER),
+    "collectives_spent_ns": (POINTER,),
     "collectives_take_times": (POINTER, POINTER),
     "all_reduce": (POINTER, POINTER, SIZE, c_int),
     "all_gather": (*[POINTER] * 3, *[SIZE] * 2),
@@ -50,6 +51,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 RESULTS: dict[str, Any] = {  # None for the others
     "collectives_segment_bytes": SIZE,
     "collectives_create": POINTER,
+    "collectives_spent_ns": POINTER,
     **dict.fromkeys(("all_reduce", "all_gather", "gather", "broadcast", "reduce_scatter", "barrier"), c_int),
 }
 

@@ -16,11 +16,15 @@ def main(forks: ForkServer) -> int:
     """Return the exit code."""
     from engine.orchestrator.orchestrator import MultiGPUOrchestrator  # noqa: PLC0415  (takes long)
     from engine.protocol.config import read_spec  # noqa: PLC0415
+    from engine.protocol.logs import write_json  # noqa: PLC0415
 
     path = sys.argv[1] if len(sys.argv) > 1 else os.fsdecode(os.read(0, 4096)).removesuffix("\n")
     if not path:
         return 0
-    return MultiGPUOrchestrator(read_spec(Path(path)), spec_path=Path(path), start_ranks=forks.start_ranks).run()
+    spec = read_spec(Path(path))
+    if spec.log.is_json:
+        write_json(spec.log.level, process="orchestrator")
+    return MultiGPUOrchestrator(spec, spec_path=Path(path), start_ranks=forks.start_ranks).run()
 
 
 if __name__ == "__main__":

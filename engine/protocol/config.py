@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from engine.protocol.environment import EPOCH_VARIABLE
+from engine.protocol.logs import LogConfig
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLLECTIVES = ("auto", "shared-memory", "gloo")
@@ -107,6 +108,7 @@ class EngineConfig:
     mlock: bool = option(False, "keep mapped weights in memory, whatever else needs it (see ulimit -l)")
     prefetch: bool = option(True, "read mapped weights ahead, in the background, rather than when they are first used")
     verify_checksums: bool = option(False, "compare weight files with their checksums while loading")
+    step_timing: bool = option(True, "time each collective, and what each step's time goes to, for /metrics")
     rank_timeout: float = option(
         30.0, "seconds after which a rank that gets no further in a step, or is stopped, is hung: all start anew"
     )
@@ -138,6 +140,7 @@ class RankSpec:
     weights: str = ""  # directory that the weights are read from, where it is not the model's own: the shard cache
     num_kv_blocks: int | None = None  # of the groups before this one, which all requests in flight were measured by …
     max_model_len: int | None = None  # … and their context; None: there were none that came to be READY
+    log: LogConfig = field(default_factory=LogConfig)  # of all processes
 
     @property
     def weights_directory(self) -> Path:

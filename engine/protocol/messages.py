@@ -1,7 +1,7 @@
 """The domain on one page: every message that travels between server, orchestrator and ranks.
 
     server ── RequestBatch ─► rank 0 ── ScheduledStep ─► ranks 1 … N-1
-    server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankStats ── ranks 1 … N-1
+    server ◄─ TokenBatch, StatsReport ── rank 0 ◄─ RankReport ── ranks 1 … N-1
     ranks ── Hello, Loading, Ready, Started, Failed ─► orchestrator ── Start ─► ranks
     orchestrator ── GroupStatus ─► server
 
@@ -153,19 +153,34 @@ class ScheduledStep(Message, frozen=True):
 
 
 class HistogramDelta(Part, frozen=True):
-    """Observations since the last report, `counts[i]` of them in `stats.TIME_BUCKETS[i]` alone; the last is +Inf."""
+    """Observations since the last report, `counts[i]` of them in bucket i alone, of `engine.protocol.stats`.
+
+    The bounds are those of its field; one more bucket, the last, is +Inf.
+    """
 
     counts: list[int]
     sum: float
 
 
 class RankStats(Message, frozen=True):
-    """One rank's deltas since its last report; memory in bytes is a present value, not a delta."""
+    """One rank's deltas since its last report; memory, and what is part of it, is a present value, not a delta."""
 
     rank: int
-    collectives: dict[str, HistogramDelta]  # by operation: all_reduce, gather, … seconds
-    memory: dict[str, int]  # by kind: resident, weights, weights_resident, kv_cache, device_allocated
+    collectives: dict[str, HistogramDelta]  # by `stats.OPERATIONS`: seconds, over `TIME_BUCKETS`
+    memory: dict[str, int]  # bytes, by `stats.MEMORY_KINDS`; those of devices only where there is one
     waiting: dict[str, HistogramDelta] = {}  # of `collectives`, the time for slower ranks, where that is known
+    backend: str = "none"  # what carries the collectives: one of `stats.BACKENDS`
+    world_size: int = 1  # ranks that take part in them
+    collective_bytes: dict[str, int] = {}  # by operation: bytes, each call counted as `stats.bus_factor` says
+    phases: dict[str, HistogramDelta] = {}  # by `stats.PHASES`: seconds of each step, over `STEP_BUCKETS`
+    weights_resident_ratio: float = 1.0  # of the weights that are mapped files, what is in memory; 1 of none
+
+
+class RankReport(Message, frozen=True):
+    """What a rank tells rank 0, which passes the statistics on and makes the ranks' skew of the rest."""
+
+    stats: RankStats
+    compute_seconds: list[float]  # of each step since the last report, in their order; none is left out
 
 
 class SchedulerStats(Part, frozen=True):
@@ -180,6 +195,8 @@ class SchedulerStats(Part, frozen=True):
     integrity_checks: int  # delta: times the block bookkeeping was found whole when the engine went idle
     prefix_cache_queries: int = 0  # delta: prompt tokens looked up in the KV cache
     prefix_cache_hits: int = 0  # delta: … and found there
+    batch_sizes: HistogramDelta | None = None  # sequences of each step, over `BATCH_SIZE_BUCKETS`; None: no step
+    step_tokens: HistogramDelta | None = None  # tokens computed in each step, over `STEP_TOKENS_BUCKETS`
 
 
 class StatsReport(Message, frozen=True):
@@ -187,6 +204,7 @@ class StatsReport(Message, frozen=True):
 
     scheduler: SchedulerStats
     ranks: list[RankStats]
+    rank_skew: HistogramDelta | None = None  # of each step, the slowest rank's seconds of computing less the fastest's
 
 
 # --- handshake and state ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from engine.kvcache.manager import KVCacheManager
 from engine.protocol.messages import Request, ScheduledRow, ScheduledStep, SchedulerStats, TokenOutput
+from engine.protocol.stats import BATCH_SIZE_BUCKETS, STEP_TOKENS_BUCKETS, Histogram
 from engine.sampling.row import SamplingRow
 from engine.scheduler.result import StepResult
 from engine.scheduler.sequence import PENDING_TOKEN, Sequence
@@ -48,6 +49,7 @@ class Scheduler:
         self._step = 0
         self._preemptions = self._steps_reported = self._integrity_checks = 0
         self._prefix_cache_queries = self._prefix_cache_hits = 0
+        self._batch_sizes, self._step_tokens = Histogram(BATCH_SIZE_BUCKETS), Histogram(STEP_TOKENS_BUCKETS)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,8 @@ class Scheduler:
             return None
         sequences = [sequence for sequence in self._running if sequence in chosen]
         rows = [self._schedule_row(sequence, chosen[sequence]) for sequence in sequences]
+        self._batch_sizes.observe(len(rows))
+        self._step_tokens.observe(sum(chosen.values()))
         self._in_flight[self._step] = sequences
         finished, self._finished = self._finished, []
         step = ScheduledStep(epoch=self._epoch, step=self._step, rows=rows, finished=finished)
@@ -146,6 +150,8 @@ class Scheduler:
             integrity_checks=self._integrity_checks,
             prefix_cache_queries=self._prefix_cache_queries,
             prefix_cache_hits=self._prefix_cache_hits,
+            batch_sizes=self._batch_sizes.take(),
+            step_tokens=self._step_tokens.take(),
         )
         self._preemptions = self._integrity_checks = 0
         self._prefix_cache_queries = self._prefix_cache_hits = 0

@@ -9,6 +9,7 @@ from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.messages import (
     FinishReason,
+    RankReport,
     RankStats,
     Request,
     RequestBatch,
@@ -23,6 +24,7 @@ from engine.scheduler.result import StepResult
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.model_runner import ModelRunner, RunnerOutput
 from engine.worker.statistics import RankStatistics
+from engine.worker.step_times import RankSkew, StepTimes
 
 
 class Leader:
@@ -34,6 +36,7 @@ class Leader:
         runner: ModelRunner,
         server: Channel,
         followers: list[Channel],
+        step_times: StepTimes,
         statistics: RankStatistics,
         sampler: Sampler,
         beats: RankBeats,
@@ -45,13 +48,15 @@ class Leader:
         self._runner = runner
         self._server = server
         self._followers = followers
+        self._step_times = step_times
         self._statistics = statistics
         self._sampler = sampler
         self._beats = beats
         self._epoch = epoch
         self._vocab_size = vocab_size
         self._had_work = False
-        self._rank_stats: list[RankStats] = []  # of followers, on their way to the server
+        self._rank_stats: list[RankStats] = []  # on their way to the server
+        self._skew = RankSkew(1 + len(followers))
         self._poller = zmq.Poller()
         for channel in (server, *followers):
             self._poller.register(channel.socket, zmq.POLLIN)
@@ -59,6 +64,8 @@ class Leader:
     def run(self) -> None:
         """Run until the process is ended."""
         while True:
+            self._wait_for_work()
+            self._step_times.begin()
             self._take_messages()
             self._beats.beat()
             step = self._scheduler.schedule()
@@ -76,16 +83,29 @@ class Leader:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _run_step(self, step: ScheduledStep) -> None:
+        """Run a scheduled step; after each of `step_times.LAPS` comes its lap."""
         self._beats.begin_step([row.request_id for row in step.rows])
+        self._step_times.lap()
         for follower in self._followers:
             follower.send(step)
-        output = self._runner.run(step)
-        self._beats.beat()
+        self._step_times.lap()
+        output = self._run(step)
+        self._step_times.lap()
         result = self._sample(step, output)
+        self._step_times.lap()
         outputs = self._scheduler.apply(step, result)
         self._beats.end_step()  # before anybody hears of it: who has, is not told that the step was lost
+        self._step_times.lap()
         self._emit(step.step, outputs)
+        self._step_times.lap()
         self._statistics.note_work()
+
+    def _run(self, step: ScheduledStep) -> RunnerOutput:
+        self._step_times.begin_run()
+        output = self._runner.run(step)
+        self._step_times.end_run()
+        self._beats.beat()
+        return output
 
     def _sample(self, step: ScheduledStep, output: RunnerOutput) -> StepResult:
         if output.logits is None:
@@ -100,19 +120,23 @@ class Leader:
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    def _take_messages(self) -> None:
-        """Take what has arrived; wait for something to arrive, or for a report to be due, if there is no work."""
-        if not self._scheduler.has_work and not self._rank_stats:
+    def _wait_for_work(self) -> None:
+        """Wait for something to arrive, or for a report to be due, if there is no work."""
+        if not self._scheduler.has_work:
             seconds = self._statistics.seconds_until_due()
             self._beats.rest()
             self._poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+
+    def _take_messages(self) -> None:
+        """Take what has arrived."""
         while (message := self._server.receive(0)) is not None:
             if isinstance(message, RequestBatch):
                 self._take_requests(message)
         for follower in self._followers:
             while (message := follower.receive(0)) is not None:
-                if isinstance(message, RankStats):
-                    self._rank_stats.append(message)
+                if isinstance(message, RankReport):
+                    self._take_report(message)
+                    self._statistics.note_work()  # it is passed on with this rank's own, also when that has no news
 
     def _take_requests(self, batch: RequestBatch) -> None:
         self._had_work = True  # also where all of it is aborted before a step
@@ -145,9 +169,13 @@ class Leader:
         if outputs:
             self._server.send(TokenBatch(epoch=self._epoch, step=step, outputs=outputs))
 
+    def _take_report(self, report: RankReport) -> None:
+        self._rank_stats.append(report.stats)
+        self._skew.add(report.stats.rank, report.compute_seconds)
+
     def _report_if_due(self) -> None:
-        if self._statistics.seconds_until_due() != 0 and not self._rank_stats:
+        if self._statistics.seconds_until_due() != 0:
             return
-        ranks, self._rank_stats = [*self._rank_stats, self._statistics.take()], []
-        report = StatsReport(epoch=self._epoch, scheduler=self._scheduler.take_stats(), ranks=ranks)
-        self._server.send(report)
+        self._take_report(self._statistics.take())
+        ranks, self._rank_stats = self._rank_stats, []
+        self._server.send(StatsReport(self._epoch, self._scheduler.take_stats(), ranks, self._skew.take()))

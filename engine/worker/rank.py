@@ -23,7 +23,8 @@ from engine.parallel.base import use_kernels
 from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
-from engine.protocol.messages import Failed, Hello, RankStats, Ready, RequestBatch, ScheduledStep, Start, Started
+from engine.protocol.logs import write_json
+from engine.protocol.messages import Failed, Hello, RankReport, Ready, RequestBatch, ScheduledStep, Start, Started
 from engine.protocol.model_config import ModelConfig
 from engine.sampling.cpu_sampler import choose_sampler
 from engine.scheduler.scheduler import Scheduler
@@ -45,6 +46,7 @@ from engine.worker.parent import die_with_parent
 from engine.worker.placement import Placement
 from engine.worker.progress import LoadingReporter
 from engine.worker.statistics import RankStatistics, process_memory
+from engine.worker.step_times import FollowerStepTimes, LeaderStepTimes, NoStepTimes, StepTimes
 
 # For ranks to meet, and for each collective. It is the orchestrator that finds ranks which hang, sooner.
 LEAST_TIMEOUT_SECONDS = 300.0
@@ -71,7 +73,7 @@ def run_rank(spec: RankSpec) -> int:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the server's to answer
     rank = int(os.environ["RANK"])
-    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s rank {rank}: %(message)s")
+    _configure_logging(spec, rank)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     control = Channel(context, spec.epoch, Start)
     control.connect(spec.control_endpoint(rank))
@@ -91,6 +93,13 @@ def run_rank(spec: RankSpec) -> int:
         control.send(Failed(epoch=spec.epoch, rank=rank, error=one_line, is_user_error=is_user_error))
     _linger(context, control)
     return 1
+
+
+def _configure_logging(spec: RankSpec, rank: int) -> None:
+    if spec.log.is_json:
+        write_json(spec.log.level, process="rank", epoch=spec.epoch, rank=rank)
+    else:
+        logging.basicConfig(level=spec.log.level.upper(), format=f"%(levelname)s rank {rank}: %(message)s")
 
 
 def hello(spec: RankSpec, rank: int, device: torch.device, placement: Placement) -> Hello:
@@ -119,6 +128,7 @@ def _set_up(
         device,
         timeout_seconds=max(LEAST_TIMEOUT_SECONDS, 2 * spec.engine.rank_timeout),
         collectives=spec.engine.collectives,
+        is_timed=spec.engine.step_timing,
     ).tensor_parallel
     shard = _load(spec, group, device, placement, control)
     start = _agree(spec, group, shard, control)
@@ -185,7 +195,7 @@ def _agree(spec: RankSpec, group: CommunicationHandler, shard: _Shard, control: 
             fingerprint=fingerprint(shard.model, spec.weights_directory, shard.config),
             num_kv_blocks=num_kv_blocks,
             kv_block_bytes=kv_block_bytes,
-            memory={"weights": shard.weight_bytes, **process_memory(shard.device)},
+            memory={"weights": shard.weight_bytes, **_memory_now(shard.device)},
             kernels=shard.kernels.name,
         )
     )
@@ -221,12 +231,25 @@ def _make_loop(
     )
     kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in kv_caches)
     memory = {"weights": shard.weight_bytes, "kv_cache": kv_bytes}
-    statistics = RankStatistics(group, memory, shard.mapped, epoch=spec.epoch)
+    step_times = _step_times(spec, group)
+    statistics = RankStatistics(group, memory, shard.mapped, step_times, epoch=spec.epoch)
     if group.rank == 0:
-        return _make_leader(spec, group, shard, start, context, runner, statistics, beats)
+        return _make_leader(spec, group, shard, start, context, runner, step_times, statistics, beats)
     steps = Channel(context, spec.epoch, ScheduledStep)
     steps.connect(spec.step_endpoint(group.rank))
-    return Follower(runner, steps, statistics, beats)
+    return Follower(runner, steps, step_times, statistics, beats)
+
+
+def _memory_now(device: torch.device) -> dict[str, int]:
+    """Return what the orchestrator tells of a rank's memory: sums over the ranks mean something."""
+    memory = process_memory(device)
+    return {kind: memory[kind] for kind in ("resident", "device_allocated") if kind in memory}
+
+
+def _step_times(spec: RankSpec, group: CommunicationHandler) -> StepTimes:
+    if not spec.engine.step_timing:
+        return NoStepTimes()
+    return (LeaderStepTimes if group.rank == 0 else FollowerStepTimes)(group.run_timer())
 
 
 def _make_leader(
@@ -236,12 +259,13 @@ def _make_leader(
     start: Start,
     context: "zmq.Context[zmq.Socket[bytes]]",
     runner: ModelRunner,
+    step_times: StepTimes,
     statistics: RankStatistics,
     beats: RankBeats,
 ) -> Leader:
     server = Channel(context, spec.epoch, RequestBatch)
     server.bind(spec.engine_endpoint)
-    followers = [Channel(context, spec.epoch, RankStats) for _ in range(1, group.world_size)]
+    followers = [Channel(context, spec.epoch, RankReport) for _ in range(1, group.world_size)]
     for follower_rank, follower in enumerate(followers, start=1):
         follower.bind(spec.step_endpoint(follower_rank))
     scheduler = Scheduler(
@@ -258,6 +282,7 @@ def _make_leader(
         runner,
         server,
         followers,
+        step_times,
         statistics,
         choose_sampler(shard.kernels),
         beats,

@@ -1,6 +1,5 @@
 """What one rank reports of itself about once a second while it works."""
 
-import os
 import time
 from pathlib import Path
 
@@ -8,20 +7,38 @@ import torch
 
 from engine.checkpoint.mapped_memory import MappedMemory
 from engine.communication.handler import CommunicationHandler
-from engine.protocol.messages import RankStats
+from engine.protocol.messages import RankReport, RankStats
+from engine.worker.host import free_memory, total_memory
+from engine.worker.step_times import StepTimes
 
 REPORT_INTERVAL = 1.0  # seconds
+STATUS_FIELDS = {"resident": "VmRSS", "resident_peak": "VmHWM", "shared": "RssShmem"}  # of /proc/self/status
 
 
 class RankStatistics:
-    """Decides when a report is due: an interval after the last one, and only after work was done."""
+    """Decides when a report is due: an interval after the last one, and only after work was done.
+
+    Args:
+        group: whose collectives are reported.
+        memory: weights and KV cache, in bytes, which do not change.
+        mapped: the files that weights are views of.
+        step_times: of this rank's loop.
+        epoch: of the rank group.
+    """
 
     def __init__(
-        self, group: CommunicationHandler, memory: dict[str, int], mapped: MappedMemory, *, epoch: int
+        self,
+        group: CommunicationHandler,
+        memory: dict[str, int],
+        mapped: MappedMemory,
+        step_times: StepTimes,
+        *,
+        epoch: int,
     ) -> None:
         self._group = group
-        self._fixed_memory = memory  # weights and KV cache, which do not change
+        self._fixed_memory = memory
         self._mapped = mapped
+        self._step_times = step_times
         self._epoch = epoch
         self._last = 0.0
         self._has_news = True  # where the memory went, from the start
@@ -36,28 +53,46 @@ class RankStatistics:
             return None
         return max(0.0, self._last + REPORT_INTERVAL - time.monotonic())
 
-    def take(self) -> RankStats:
+    def take(self) -> RankReport:
         """Return the deltas since the last report."""
         self._last = time.monotonic()
         self._has_news = False
-        times = self._group.take_times()
-        return RankStats(
+        steps, times = self._step_times.take(), self._group.take_times()
+        resident_share = self._mapped.resident_share()
+        stats = RankStats(
             epoch=self._epoch,
             rank=self._group.rank,
             collectives=times.whole,
-            memory={**self._fixed_memory, **self._resident_weights(), **process_memory(self._group.device)},
+            memory={
+                **self._fixed_memory,
+                "weights_resident": round(self._fixed_memory["weights"] * resident_share),
+                **process_memory(self._group.device),
+            },
             waiting=times.waiting,
+            backend=self._group.carrier,
+            world_size=self._group.world_size,
+            collective_bytes=times.num_bytes,
+            phases=steps.phases,
+            weights_resident_ratio=resident_share,
         )
-
-    def _resident_weights(self) -> dict[str, int]:
-        """How much of the weights is in memory: all, but where they are views of mapped files."""
-        return {"weights_resident": round(self._fixed_memory["weights"] * self._mapped.resident_share())}
+        return RankReport(self._epoch, stats, steps.compute_seconds)
 
 
 def process_memory(device: torch.device) -> dict[str, int]:
-    """Return this process's memory in bytes: `resident` on the host, `device_allocated` on a CUDA device."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    memory = {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
-    if device.type == "cuda":  # pragma: cuda
-        memory["device_allocated"] = torch.cuda.memory_allocated(device)
-    return memory
+    """Return this process's memory in bytes, and its host's, by kinds of `engine.protocol.stats`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    memory = {kind: int(fields[name].split()[0]) * 1024 for kind, name in STATUS_FIELDS.items()}  # kB means KiB
+    host = {"host_available": free_memory(), "host_total": total_memory()}
+    return memory | host | device_memory(device)
+
+
+def device_memory(device: torch.device) -> dict[str, int]:
+    """Return this process's memory in bytes on a CUDA device; nothing on another."""
+    if device.type != "cuda":
+        return {}
+    return {  # pragma: cuda
+        "device_allocated": torch.cuda.memory_allocated(device),
+        "device_reserved": torch.cuda.memory_reserved(device),
+        "device_peak": torch.cuda.max_memory_allocated(device),
+    }

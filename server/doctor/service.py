@@ -1,8 +1,10 @@
 """The server's own checks: port, credentials, and the files of the model that concern text."""
 
 import ipaddress
+import socket
 import time
 from dataclasses import asdict, dataclass
+from urllib.parse import urlsplit
 
 from engine.protocol.checks import Check, Finding, MissingBasisError, ok, skipped, warning
 from engine.protocol.config import EngineConfig
@@ -14,6 +16,7 @@ from server.listener import listen
 from server.model_files import ModelFiles
 from server.text.chat_template import ChatTemplate, ChatTemplateError
 from server.text.tokenizer import Tokenizer
+from server.tracing.extra import require_extra
 
 SECTION = "service"
 SAMPLE = "def f(x):\n    return x + 1  # größer, 42\n"
@@ -24,6 +27,7 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+CONNECT_SECONDS = 3.0
 SPEED_TEXT = SAMPLE * 500
 MESSAGES = ({"role": "user", "content": "Hello."},)
 
@@ -86,9 +90,11 @@ def checks(engine: EngineConfig, server: ServerConfig) -> list[Check]:
 
 def access_checks(server: ServerConfig) -> list[Check]:
     """Return those checks that need no model."""
+    endpoint = server.otlp_traces_endpoint
     return [
         Check(SECTION, "API key and TLS", lambda: _credentials(server)),
         Check(SECTION, "port", lambda: _port(server)),
+        *([] if endpoint is None else [Check(SECTION, "traces", lambda: _traces(endpoint))]),
     ]
 
 
@@ -104,6 +110,20 @@ def _credentials(server: ServerConfig) -> Finding:
         f"no API key: whoever reaches {server.host}:{server.port} may use the API; {tls}",
         "--api-key-file, unless something in front of it asks for one",
     )
+
+
+def _traces(endpoint: str) -> Finding:
+    require_extra()
+    url = urlsplit(endpoint)
+    address = url.hostname, url.port or {"http": 80, "https": 443}[url.scheme]
+    try:
+        socket.create_connection(address, timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return warning(
+            f"{endpoint} does not answer: {error.strerror or error}",
+            "start the collector; until it answers spans are lost, and requests do not mind",
+        )
+    return ok(f"{endpoint} takes connections")
 
 
 def is_loopback(host: str) -> bool:

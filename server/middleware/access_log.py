@@ -5,6 +5,8 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.protocol.logs import fields_of
+
 LOGGER = logging.getLogger("ryzanstein.access")
 QUIET_PATHS = ("/health", "/ready", "/metrics")  # asked every few seconds, by machines
 
@@ -36,7 +38,10 @@ def _write(scope: Scope, status: int, seconds: float) -> None:
     level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
     client = "{}:{}".format(*scope["client"]) if scope.get("client") else "-"
     outcome = status or "closed"  # the client went away before an answer began
-    LOGGER.log(level, "%s %s %s %s %.3fs", client, scope["method"], _printable(path), outcome, seconds)
+    words = client, scope["method"], _printable(path), outcome, seconds
+    names = "client", "method", "path", "status", "seconds"
+    fields = fields_of(**dict(zip(names, words, strict=True)))
+    LOGGER.log(level, "%s %s %s %s %.3fs", *words, extra=fields)
 
 
 def _printable(path: str) -> str:

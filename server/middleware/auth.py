@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api_keys import ANONYMOUS, APIKey
 from server.errors import APIError, too_many
-from server.metrics import CONCURRENCY_LIMITED, RATE_LIMITED, Metrics
+from server.metrics.metrics import Metrics
+from server.metrics.table import CONCURRENCY_LIMITED, RATE_LIMITED
 from server.middleware.draining import STREAMS_FOLDER
 
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json")  # all others need a key
@@ -35,7 +36,7 @@ class APIKeyAuth:
         elif (account := self._account(scope)) is None:
             await _unauthorized().response({"www-authenticate": "Bearer"})(scope, receive, send)
         elif (refusal := account.refusal(time.monotonic(), is_new=not path.startswith(STREAMS_FOLDER))) is not None:
-            self._metrics.rejected.labels(refusal.code).inc()
+            self._metrics.rejected.labels(str(refusal.code)).inc()
             await refusal.response()(scope, receive, send)
         else:
             with account:

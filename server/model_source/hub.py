@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from server.environment import inherited_environment
+from server.logs import is_json
 from server.model_source.config import ModelSourceConfig
 from server.model_source.hub_messages import (
     HubDescribed,
@@ -102,6 +103,7 @@ def _events(task: HubTask, model: str, config: ModelSourceConfig) -> Iterator[It
         token=config.hf_token,
         download_dir=config.download_dir,
         offline=config.offline,
+        is_json_log=is_json(),
     )
     with contextlib.ExitStack() as ending:
         with stop_signals_delayed():  # there is no moment at which the process runs and nobody would end it

@@ -22,6 +22,7 @@ class HubRequest(msgspec.Struct, frozen=True, kw_only=True):
     token: str | None = None
     download_dir: str | None = None
     offline: bool = False
+    is_json_log: bool = False  # whether what it writes to standard error are JSON objects
 
 
 class HubTexts(msgspec.Struct, frozen=True, tag="texts"):

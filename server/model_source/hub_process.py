@@ -21,6 +21,7 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
+from engine.protocol.logs import write_json
 from engine.protocol.units import format_bytes
 from server.model_source.fetch import RemoteFile, Snapshot, fetch
 from server.model_source.hub_errors import describe, is_unreachable
@@ -228,6 +229,8 @@ def main() -> None:
     lock = threading.Lock()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries' words are no events
+    if request.is_json_log:
+        write_json("warning", process="download")  # as much as libraries write where nobody asks them
 
     def emit(event: HubEvent) -> None:
         with lock:

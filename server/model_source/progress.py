@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from engine.protocol.units import format_bytes
+from server.logs import is_json
 from server.model_source.hub_messages import HubProgress
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class DownloadProgress:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not is_json()
         self._bar: tqdm[NoReturn] | None = None
         self._shown_at = -LINE_SECONDS
 

@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: a real service, a table and a JSON document."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -38,6 +39,28 @@ def test_steps_over_http_are_told_beside_what_the_machine_allows(tmp_path: Path)
     assert re.match(r"2 +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+% ", row)
 
 
+def test_the_cost_of_metrics_is_a_ratio_of_throughputs_with_its_interval_over_rounds(tmp_path: Path) -> None:
+    document = tmp_path / "cost.json"
+    earlier = {"pairs": [{"with": 90.0, "without": 100.0}] * 2, "scrapes": 1, "scrape_bytes": 1}
+    document.write_text(json.dumps({"rounds": [earlier]}))
+    short = ("--rounds", 1, "--pairs", 2, "--streams", 2, "--max-tokens", 8, "-tp", 2, "--json", document)
+    done = run("metrics_cost.py", *short)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(document.read_text())
+    first, second = found["rounds"]
+    assert first == earlier
+    assert len(second["pairs"]) == 2
+    assert second["scrapes"] >= 1
+    assert second["scrape_bytes"] > 10_000
+    summary = found["summary"]
+    ratios = [0.9, math.sqrt(math.prod(pair["with"] / pair["without"] for pair in second["pairs"]))]
+    assert summary["ratio_of_rounds"] == pytest.approx(ratios)
+    assert summary["ratio"] == pytest.approx(math.sqrt(math.prod(ratios)))
+    half = 12.706 * abs(math.log(ratios[0] / ratios[1])) / 2  # Student's t of one degree of freedom, by hand
+    assert summary["ratio_95"] == pytest.approx([summary["ratio"] / math.exp(half), summary["ratio"] * math.exp(half)])
+    assert re.search(r"^ratio +[\d.]+   \(95%: [\d.]+ to [\d.]+\)$", done.stdout, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_a_start_is_told_beside_the_import_of_torch(tmp_path: Path) -> None:
     document = tmp_path / "startup.json"
@@ -51,12 +74,25 @@ def test_a_start_is_told_beside_the_import_of_torch(tmp_path: Path) -> None:
     assert [line[:20].strip() for line in done.stdout.splitlines()[1:]] == names
 
 
+def test_the_cost_of_metrics_is_told_by_token_and_page(tmp_path: Path) -> None:
+    document = tmp_path / "metrics.json"
+    done = run("metrics_cpu.py", "--streams", 4, "--ranks", 2, "--json", document)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(document.read_text())
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == list(found)
+    assert list(found) == ["token", "page, text", "page, OpenMetrics"]
+    assert all(0 < figures["lower"] <= figures["median"] <= figures["upper"] for figures in found.values())
+    assert found["page, text"]["lines"] > 500
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "problem"),
     [
+        ("metrics_cpu.py", ["--streams", 0], "argument --streams: must be at least 1, not 0"),
         ("http_decode.py", ["/nothing"], "model: /nothing is not a directory"),
         ("http_decode.py", [EMBEDDED_MODEL, "--batch", 0], "argument --batch: must be at least 1, not 0"),
         ("startup.py", ["--runs", 0], "argument --runs: must be at least 1, not 0"),
+        ("metrics_cost.py", ["--pairs", 0], "argument --pairs: must be at least 1, not 0"),
     ],
 )
 def test_a_mistake_ends_in_one_line(script: str, arguments: list[object], problem: str) -> None:

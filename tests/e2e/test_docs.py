@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,30 @@ from tests.service_process import ServiceProcess
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ADDRESS = "http://127.0.0.1:8000"
-PAGES = ("guide.md", "development.md", "from-vllm.md", "architecture.md", "capacity.md")
+PAGES = (
+    "guide.md",
+    "development.md",
+    "from-vllm.md",
+    "architecture.md",
+    "capacity.md",
+    "deployment.md",
+    "troubleshooting.md",
+)
+# Pages whose commands are run, or checked, elsewhere; other pages have none.
+ELSEWHERE = {
+    "kubernetes.md": "tests/e2e/test_kubernetes_docs.py",
+    "container.md": "tests/container",
+    "monitoring.md": "tests/e2e/test_monitoring.py",
+}
+# Blocks that are not run here, by their first words, and why.
+NOT_RUN = {
+    "sudo install -D": "needs root and systemd; test_deployment.py checks the unit, and runs its command",
+    "systemctl status": "needs systemd",
+    "journalctl -k": "needs systemd's journal",
+    "sudo install -m 644 deploy/nginx": "needs root; test_deployment.py runs nginx with the file",
+    "curl -fsS --retry 100 --retry-delay 1 --retry-all-errors http://127.0.0.1:8001": "run by test_deployment.py",
+    'kill -TERM "$OLD_PID"': "run by test_deployment.py",
+}
 
 
 def commands(page: str) -> list[str]:
@@ -31,10 +55,15 @@ def commands(page: str) -> list[str]:
     return re.findall(r"```bash\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
+def every_block() -> list[str]:
+    """Return the blocks of all pages; what stands on several is there once."""
+    return list(dict.fromkeys(block for page in PAGES for block in commands(page)))
+
+
 def all_commands(kind: str) -> list[str]:
     """Return the blocks of all pages that start a service, run make, or ask a service."""
-    kinds = {"serve": r"ryzanstein serve", "make": r"make "}
-    blocks = [block for page in PAGES for block in commands(page)]
+    kinds = {"serve": r"ryzanstein serve(?!.*--help)", "make": r"\s*make "}
+    blocks = [block for block in every_block() if not block.startswith(tuple(NOT_RUN))]
     if kind in kinds:
         return [block for block in blocks if re.match(kinds[kind], block)]
     return [block for block in blocks if not any(re.match(pattern, block) for pattern in kinds.values())]
@@ -63,11 +92,20 @@ def environment(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> dict[str,
         "STEPS": str(folder / "steps"),
         "MODEL": str(EMBEDDED_MODEL),
         "KEY_FILE": str(folder / "api-key"),
+        "OPTIONS": str(options_file(folder)),
         "CERTIFICATE": str(folder / "certificate.pem"),
         "KEY": str(folder / "key.pem"),
         "RYZANSTEIN_PORT": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+
+
+def options_file(folder: Path) -> Path:
+    """Write the file of options that deployment.md shows, for the model that is here."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "deployment.md").read_text(), re.DOTALL)
+    path = folder / "options.yaml"
+    path.write_text(re.sub("(?m)^model: .*", f"model: {step_directory(folder / 'steps', 1000)}", text))
+    return path
 
 
 def sharded_model(parent: Path) -> Path:
@@ -95,6 +133,9 @@ def test_a_service_of_the_pages_becomes_ready(block: str, environment: dict[str,
 def test_a_command_of_the_pages_does_what_it_says(
     block: str, service: ServiceProcess, environment: dict[str, str]
 ) -> None:
+    tool = block.split()[0]
+    if tool in ("free", "hostname", "openssl", "ss") and shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.replace(ADDRESS, service.url)],
         cwd=ROOT,
@@ -106,6 +147,12 @@ def test_a_command_of_the_pages_does_what_it_says(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stdout.startswith('{"error"')
+
+
+def test_no_command_is_forgotten() -> None:
+    with_commands = {page.name for page in DOCS.glob("**/*.md") if "```bash\n" in page.read_text()}
+    assert with_commands <= {*PAGES, *ELSEWHERE}
+    assert [words for words in NOT_RUN if not any(block.startswith(words) for block in every_block())] == []
 
 
 @pytest.mark.parametrize("block", all_commands("make"))
@@ -143,9 +190,10 @@ def test_the_pages_name_the_metrics_that_are_served(service: ServiceProcess) -> 
     service.complete(prompt="import ", max_tokens=2)
     service.wait_until_idle()
     served = set(re.findall(r"^# TYPE (ryzanstein_\w+) ", httpx.get(f"{service.url}/metrics").text, re.MULTILINE))
-    served = {name for name in served if not name.endswith("_created")}
-    pages = (DOCS / "guide.md").read_text() + (DOCS / "from-vllm.md").read_text()
-    named = {
-        re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bryzanstein_[a-z0-9_]*[a-z0-9]\b", pages)
-    }
-    assert named == served
+    assert names_in("metrics.md") == served
+    assert names_in("guide.md") | names_in("from-vllm.md") <= served
+
+
+def names_in(page: str) -> set[str]:
+    names = re.findall(r"\bryzanstein_[a-z0-9_]*[a-z0-9]\b", (DOCS / page).read_text())
+    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}

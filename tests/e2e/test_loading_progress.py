@@ -133,7 +133,7 @@ def test_loading_shows_over_http_and_without_a_terminal_in_the_log(tmp_path: Pat
     errors = tmp_path / "stderr"
 
     def weights_loaded() -> float:
-        return float(re.findall(r"^ryzanstein_weights_loaded_ratio (\S+)$", service.get("/metrics").text, re.M)[0])
+        return float(re.findall(r"^ryzanstein_weights_loaded_ratio\S+ (\S+)$", service.get("/metrics").text, re.M)[0])
 
     def lines() -> list[str]:
         return re.findall(r"INFO \[-\] (loading weights: .*)\n", errors.read_text())

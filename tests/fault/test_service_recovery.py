@@ -13,6 +13,7 @@ import pytest
 
 from tests.fault.crowd import Crowd
 from tests.leftovers import Leftovers
+from tests.metric_samples import sample_lines
 from tests.service_process import REQUEST_SECONDS, ServiceProcess, wait_until
 
 OPTIONS = ("-tp", "2", "--dtype", "float32", "--batch-invariant", "--stream-resume-timeout", "0")
@@ -137,7 +138,7 @@ def ask_all(service: ServiceProcess) -> list[dict[str, Any]]:
 
 def counters(service: ServiceProcess) -> dict[str, float]:
     """Return every sample that may only grow."""
-    lines = [line for line in httpx.get(f"{service.url}/metrics").text.splitlines() if not line.startswith("#")]
+    lines = sample_lines(httpx.get(f"{service.url}/metrics").text)
     samples = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
     return {
         name: value

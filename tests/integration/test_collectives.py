@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
 from engine.parallel import collectives
 from engine.parallel.base import ShardPart, ShardSpec
-from tests.distributed import RankFailedError, run_on_ranks
+from tests.distributed import RankFailedError, _free_port, run_on_ranks
 
 SIZES = [2, 3, 4]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64]
@@ -121,7 +122,7 @@ def test_one_rank_alone_forms_no_process_group(monkeypatch: pytest.MonkeyPatch) 
         ):
             assert result is tensor
         group.barrier()
-        assert group.take_times() == ({}, {})
+        assert group.take_times() == ({}, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -147,14 +148,47 @@ def check_times(group: CommunicationHandler) -> None:
         group.all_reduce(torch.ones(4))
     group.gather(torch.ones(4))
     group.barrier()
-    deltas = group.take_times().whole
-    assert {name: sum(delta.counts) for name, delta in deltas.items()} == {"all_reduce": 3, "gather": 1, "barrier": 1}
-    assert all(delta.sum > 0 for delta in deltas.values())
-    assert group.take_times() == ({}, {})
+    times = group.take_times()
+    assert {name: sum(delta.counts) for name, delta in times.whole.items()} == {
+        "all_reduce": 3,
+        "gather": 1,
+        "barrier": 1,
+    }
+    assert all(delta.sum > 0 for delta in times.whole.values())
+    assert times.num_bytes == {"all_reduce": 3 * 16, "gather": 16 * group.world_size, "barrier": 0}
+    assert group.take_times() == ({}, {}, {})
 
 
 def test_each_collective_is_timed_once_and_reported_once() -> None:
     run_on_ranks(check_times, 2)
+
+
+def check_untimed(group: CommunicationHandler) -> None:
+    assert group.all_reduce(torch.ones(4)).sum() == 4 * group.world_size
+    assert group.take_times() == ({}, {}, {})
+
+
+def on_another_group(
+    group: CommunicationHandler, check: Callable[[CommunicationHandler], None], port: int, options: dict[str, Any]
+) -> str:
+    """Do a check on a group with other options; return what carries its bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_PORT", str(port))
+        with ProcessGroupManager(torch.device("cpu"), timeout_seconds=60, **options) as second:
+            check(second.tensor_parallel)
+            carrier = second.tensor_parallel.carrier
+            group.barrier()
+            return carrier
+
+
+def test_over_gloo_collectives_are_timed_likewise() -> None:
+    assert run_on_ranks(on_another_group, 2, check_times, _free_port(), {"collectives": "gloo"}) == ["gloo"] * 2
+
+
+@pytest.mark.parametrize("collectives", ["shared-memory", "gloo"])
+def test_timing_can_be_left_out(collectives: str) -> None:
+    options = {"collectives": collectives, "is_timed": False}
+    assert run_on_ranks(on_another_group, 2, check_untimed, _free_port(), options) == [collectives] * 2
 
 
 def check_copy(group: CommunicationHandler) -> None:

@@ -140,6 +140,7 @@ def pretend_to_be_elsewhere(group: CommunicationHandler) -> tuple[str, bool]:
                 group.world_size,
                 timeout_seconds=60,
                 spin_seconds=0,
+                is_timed=True,
                 directory=Path("/dev/shm"),
             )
     return str(failure.value), failure.value.is_unexpected

@@ -40,7 +40,7 @@ from server.engine_client import EngineClient
 from server.http_server import HTTPServer
 from server.listener import listen
 from server.logs import REQUEST_ID
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.model_files import ModelFiles
 from server.service import Service, TextModel
 from server.streams import StreamStore
@@ -274,7 +274,8 @@ class RunningServer:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         context = zmq.asyncio.Context()
-        metrics = Metrics()
+        name = self._config.model_name(str(self._model))
+        metrics = Metrics(name, vllm_names=self._config.vllm_metric_names)
         self.client = EngineClient(context, metrics)
         self.queue = AdmissionQueue(self.client, metrics, self._config, self._max_num_seqs)
         files = ModelFiles.read(str(self._model))

@@ -8,6 +8,7 @@ from engine.protocol.messages import (
     HistogramDelta,
     Message,
     RankInfo,
+    RankReport,
     RankStats,
     Request,
     RequestBatch,
@@ -27,6 +28,7 @@ MESSAGES: list[Message] = [
     TokenBatch(3, 9, [TokenOutput("a", [5], FinishReason.STOP, queue_seconds=0.25)]),
     ScheduledStep(3, 9, [ScheduledRow("a", True, [1, 2], [0], 0, 2, True)], ["z"]),
     StatsReport(3, SchedulerStats(1, 2, 3, 4, 5, 6, 7), [RANK_STATS]),
+    RankReport(3, RANK_STATS, [0.25, 0.5]),
     GroupStatus(3, GroupState.READY, [RankInfo(0, 11, "host", "cpu")], "ipc:///x", 64, 8, {"weights": 5}),
     Start(3, 8, 64),
 ]

@@ -47,6 +47,22 @@ def test_a_port_in_use_fails_in_servings_words() -> None:
     assert examined(EMBEDDED_MODEL, port=port)["port"].detail == f"{port} on 127.0.0.1 is free"
 
 
+def test_a_collector_of_traces_that_does_not_answer_is_a_warning() -> None:
+    assert "traces" not in examined(EMBEDDED_MODEL)
+    with socket.create_server(("127.0.0.1", 0)) as collector:
+        url = f"http://127.0.0.1:{collector.getsockname()[1]}/v1/traces"
+        assert examined(EMBEDDED_MODEL, otlp_traces_endpoint=url)["traces"].status is OK
+    result = examined(EMBEDDED_MODEL, otlp_traces_endpoint=url)["traces"]
+    assert (result.status, result.detail) == (WARNING, f"{url} does not answer: Connection refused")
+
+
+def test_traces_without_their_extra_fail_in_servings_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.tracing.extra.MODULES", ("no_such_package",))
+    result = examined(EMBEDDED_MODEL, otlp_traces_endpoint="http://127.0.0.1:9/v1/traces")["traces"]
+    assert result.status is FAILURE
+    assert result.detail.startswith("--otlp-traces-endpoint needs OpenTelemetry")
+
+
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [

@@ -6,15 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from engine.kernels.build import compile_kernels, find_compiler
 from engine.kernels.instruction_sets import INSTRUCTION_SETS, usable_instruction_sets
-from engine.kernels.sources import DIRECTORY, HEADERS, SOURCES, library_name
+from engine.kernels.sources import DIRECTORY, library_name
 from tests.service_process import ROOT
 
 LIBRARIES = [library_name(item.name) for item in INSTRUCTION_SETS]
@@ -113,28 +111,3 @@ def test_a_processor_has_an_instruction_set_when_it_has_every_flag_of_it(
 
 def test_a_processor_that_does_not_say_what_it_has_has_none(tmp_path: Path) -> None:
     assert usable_instruction_sets(tmp_path / "nothing") == []
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_a_source_distribution_builds_a_wheel_with_sources_and_libraries_for_any_python(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for name in ("engine", "server"):
-        ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    assert setup(tree, "sdist", "--dist-dir", str(tmp_path)).returncode == 0
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert setup(unpacked, "bdist_wheel", "--dist-dir", str(tmp_path)).returncode == 0
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
-    with zipfile.ZipFile(wheel) as files:
-        names = set(files.namelist())
-    expected = [f"engine/kernels/cpu/{path.name}" for path in (*SOURCES, *HEADERS)]
-    expected += [f"engine/kernels/{name}" for name in LIBRARIES]
-    expected += ["engine/embedded/model/model.safetensors", "engine/py.typed", "server/py.typed"]
-    assert set(expected) <= names

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.protocol.messages import FinishReason, PromptLogprobs, Request
+from engine.protocol.messages import FinishReason, HistogramDelta, PromptLogprobs, Request
+from engine.protocol.stats import BATCH_SIZE_BUCKETS, STEP_TOKENS_BUCKETS
 from engine.sampling.row import SamplingRow
 from tests.unit.scheduler_support import (
     EPOCH,
@@ -219,9 +220,20 @@ def test_statistics_count_since_the_last_report() -> None:
     assert (stats.num_kv_blocks, stats.num_free_kv_blocks) == (16, 14)
     stats = scheduler.take_stats()
     assert (stats.steps, stats.integrity_checks) == (0, 0)
+    assert (stats.batch_sizes, stats.step_tokens) == (None, None)
     runner.advance()
     scheduler.check_integrity()
     assert scheduler.take_stats().integrity_checks == 2
+
+
+def test_each_steps_sequences_and_tokens_are_counted() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    scheduler.add(make_request("a", [1] * 9, max_tokens=3))
+    scheduler.add(make_request("b", [2] * 9, max_tokens=1))
+    Runner(scheduler).run()
+    stats = scheduler.take_stats()  # of steps of 9 + 7, 1 + 2 and 1 tokens, the last of one sequence
+    assert stats.batch_sizes == HistogramDelta([1, 2, *[0] * (len(BATCH_SIZE_BUCKETS) - 1)], 5)
+    assert stats.step_tokens == HistogramDelta([1, 0, 1, 0, 1, *[0] * (len(STEP_TOKENS_BUCKETS) - 4)], 20)
 
 
 def test_prompt_logprobs_come_chunk_by_chunk_and_once_though_the_prompt_is_computed_twice() -> None:

@@ -18,7 +18,8 @@ from server.engine_client import EngineClient
 from server.errors import APIError, not_ready
 from server.flights import Inbox
 from server.limits import QueueLimits
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
+from tests.metric_samples import value_of
 
 LONG = 1000.0  # seconds
 
@@ -110,7 +111,7 @@ def sequences(name: str, num_tokens: int = 1, num_choices: int = 1, num_prompts:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
-    return metrics.registry.get_sample_value(f"ryzanstein_{name}", labels) or 0.0
+    return value_of(metrics, f"ryzanstein_{name}", **labels) or 0.0
 
 
 class Bookkeeping(RuleBasedStateMachine):

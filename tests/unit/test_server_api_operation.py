@@ -18,8 +18,9 @@ from engine.protocol.messages import (
     SchedulerStats,
     StatsReport,
 )
-from engine.protocol.stats import TIME_BUCKETS
+from engine.protocol.stats import BATCH_SIZE_BUCKETS, STEP_BUCKETS, STEP_TOKENS_BUCKETS, TIME_BUCKETS
 from server.text.chat_template import ChatTemplate
+from tests.metric_samples import sample_lines
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,
@@ -196,7 +197,7 @@ def test_request_ids_come_back_or_are_made(idle_server: RunningServer) -> None:
 
 
 def metric(server: RunningServer, name: str) -> float | None:
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+    for line in sample_lines(httpx.get(f"{server.url}/metrics").text):
         if line.startswith(f"ryzanstein_{name} "):
             return float(line.rsplit(" ", 1)[1])
     return None
@@ -214,6 +215,12 @@ def test_latencies_and_tokens_are_counted(server: RunningServer) -> None:
     assert metric(server, "generation_tokens_total") == 11
     assert metric(server, "e2e_request_latency_seconds_count") == 3
     assert metric(server, "request_queue_time_seconds_sum") == pytest.approx(0.003)
+    for name in ("request_prefill_time_seconds", "request_decode_time_seconds", "request_generation_tokens"):
+        assert metric(server, f"{name}_count") == 3
+    assert metric(server, "request_time_per_output_token_seconds_count") == 2  # the third ended with its first token
+    assert metric(server, "request_generation_tokens_sum") == 11
+    assert metric(server, 'request_prompt_tokens_bucket{le="2.0"}') == 1
+    assert metric(server, "request_prompt_tokens_sum") == 4
 
 
 def test_ends_are_counted_from_zero(idle_server: RunningServer) -> None:
@@ -264,7 +271,7 @@ def test_prometheus_can_read_the_metrics(server: RunningServer) -> None:
     assert "before its text is tokenized" in latency.documentation
     assert [sample.value for sample in latency.samples if sample.name.endswith("_count")] == [1]
     for family in families.values():
-        assert family.name.startswith("ryzanstein_")
+        assert family.name.startswith(("ryzanstein_", "process_"))
         assert family.documentation
         assert family.type != "unknown"
 
@@ -277,6 +284,11 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
         {"all_reduce": HistogramDelta(counts, 25.0)},
         {"resident": 1000},
         {"all_reduce": HistogramDelta(counts, 5.0)},
+        backend="gloo",
+        world_size=4,
+        collective_bytes={"all_reduce": 1000},
+        phases={"compute": HistogramDelta([0] * len(STEP_BUCKETS) + [1], 3.0)},
+        weights_resident_ratio=0.5,
     )
     scheduler = SchedulerStats(
         num_running=3,
@@ -288,17 +300,27 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
         integrity_checks=1,
         prefix_cache_queries=30,
         prefix_cache_hits=20,
+        batch_sizes=HistogramDelta([0] * len(BATCH_SIZE_BUCKETS) + [1], 10.0),
+        step_tokens=HistogramDelta([0] * len(STEP_TOKENS_BUCKETS) + [1], 100.0),
     )
+    skew = HistogramDelta([0] * len(STEP_BUCKETS) + [1], 2.0)
     for _ in range(2):
-        server.send(StatsReport(1, scheduler, [stats]))
+        server.send(StatsReport(1, scheduler, [stats], skew))
     assert wait_until(lambda: metric(server, "engine_steps_total") == 20)
-    labels = 'operation="all_reduce",rank="1"'
-    assert metric(server, f"collective_seconds_count{{{labels}}}") == 6
-    assert metric(server, f"collective_seconds_sum{{{labels}}}") == 50
-    assert metric(server, f'collective_seconds_bucket{{le="5e-06",{labels}}}') == 2
-    assert metric(server, f'collective_seconds_bucket{{le="10.0",{labels}}}') == 2
-    assert metric(server, f"collective_waiting_seconds_count{{{labels}}}") == 6
-    assert metric(server, f"collective_waiting_seconds_sum{{{labels}}}") == 10
+    backend, labels = 'backend="gloo"', 'operation="all_reduce",rank="1"'
+    assert metric(server, f"collective_seconds_count{{{backend},{labels}}}") == 6
+    assert metric(server, f"collective_seconds_sum{{{backend},{labels}}}") == 50
+    assert metric(server, f'collective_seconds_bucket{{{backend},le="5e-06",{labels}}}') == 2
+    assert metric(server, f'collective_seconds_bucket{{{backend},le="10.0",{labels}}}') == 2
+    assert metric(server, f"collective_waiting_seconds_count{{{backend},{labels}}}") == 6
+    assert metric(server, f"collective_waiting_seconds_sum{{{backend},{labels}}}") == 10
+    assert metric(server, f"collective_bytes_total{{{backend},{labels}}}") == 2000
+    # Of 25 s it waited 5: 1000 bytes in 20 s, and with 4 ranks each byte of an all-reduce counts 1.5 times.
+    assert metric(server, f"collective_bus_bandwidth_bytes_per_second{{{backend},{labels}}}") == 75
+    assert metric(server, 'step_phase_seconds_sum{phase="compute",rank="1"}') == 6
+    assert metric(server, "rank_skew_seconds_sum") == 4
+    assert (metric(server, "step_sequences_sum"), metric(server, "step_tokens_sum")) == (20, 200)
+    assert metric(server, 'rank_weights_resident_ratio{rank="1"}') == 0.5
     assert metric(server, 'rank_memory_bytes{kind="resident",rank="1"}') == 1000
     assert metric(server, "num_preemptions_total") == 2
     assert metric(server, "integrity_checks_total") == 2

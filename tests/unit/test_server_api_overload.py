@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.metric_samples import sample_lines
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,
@@ -40,7 +41,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def value(server: RunningServer, name: str, labels: str = "") -> float:
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+    for line in sample_lines(httpx.get(f"{server.url}/metrics").text):
         if line.startswith(f"ryzanstein_{name}{labels} "):
             return float(line.rsplit(" ", 1)[1])
     return 0.0

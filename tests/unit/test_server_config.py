@@ -45,6 +45,8 @@ def test_root_paths_are_like_folders(root_path: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        ({"log_level": "loud"}, "--log-level"),
+        ({"log_format": "xml"}, "--log-format"),
         ({"root_path": "llm"}, "--root-path"),
         ({"root_path": "/llm/"}, "--root-path"),
         ({"root_path": "/"}, "--root-path"),

@@ -4,7 +4,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from tests.unit.server_support import COMPLETIONS, RunningServer, running_server
 
 ORIGIN = "https://app.example"

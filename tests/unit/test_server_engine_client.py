@@ -1,6 +1,7 @@
 """What the server makes of groups that are lost, over real sockets: each test says what rank 0 sees and sends."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from server import engine_client
 from server.engine_client import EngineClient
 from server.errors import APIError
 from server.flights import Inbox
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
+from tests.metric_samples import value_of
 
 SCORE = TokenLogprobs(1, -0.5, 1, [], [])
 
@@ -81,7 +83,7 @@ class Service:
         await self._rank.send(TokenBatch(self.epoch, 0, list(outputs)))
 
     def metric(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"ryzanstein_{name}", labels)
+        return value_of(self.metrics, f"ryzanstein_{name}", **labels)
 
 
 @asynccontextmanager
@@ -126,6 +128,28 @@ def test_the_next_group_goes_on_behind_what_was_received(tmp_path: Path) -> None
         assert (again.received_token_ids, again.num_received_prompt_logprobs) == ([7, 8], 2)
         await service.say(TokenOutput(again.request_id, [9], queue_seconds=0.5, num_cached_tokens=0))
         assert await take(inbox) == [TokenOutput("a", [9])]
+
+    with_service(tmp_path, story)
+
+
+def test_prefill_and_decode_are_measured_once_across_a_loss(tmp_path: Path) -> None:
+    async def story(service: Service) -> None:
+        inbox = service.client.submit([request("a")], time.perf_counter() - 1.0)
+        await service.sent()
+        await service.say(TokenOutput("a", [7], queue_seconds=0.0))
+        await take(inbox)
+        service.lose_group("a")
+        service.start_group()
+        (again,) = (await service.sent()).new
+        await service.say(TokenOutput(again.request_id, [8], FinishReason.LENGTH, queue_seconds=0.0))
+        await take(inbox)
+        for name in ("request_queue", "request_prefill", "request_decode"):
+            assert service.metric(f"{name}_time_seconds_count") == 1
+        prefill, decode = (service.metric(f"request_{part}_time_seconds_sum") for part in ("prefill", "decode"))
+        assert prefill is not None
+        assert 0 < prefill < 1.0  # not the wait before it was sent
+        assert service.metric("request_time_per_output_token_seconds_sum") == decode
+        assert service.metric("request_generation_tokens_sum") == 2
 
     with_service(tmp_path, story)
 

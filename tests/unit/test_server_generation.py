@@ -13,7 +13,7 @@ from server.engine_client import EngineClient
 from server.errors import APIError
 from server.generation import Generation, GenerationPlan
 from server.limits import QueueLimits
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from tests.unit.server_support import byte_level_tokenizer, ready_status
 

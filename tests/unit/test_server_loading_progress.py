@@ -192,3 +192,13 @@ def test_a_group_whose_size_nobody_knows_yet_shows_nothing(server_log: ServerLog
         progress.follow(starting(0, 0))
         clock.now += LINE_INTERVAL
     assert server_log.lines == []
+
+
+def test_a_terminal_shows_no_bar_where_the_log_is_for_machines(screen: Screen, clock: Clock) -> None:
+    progress = LoadingProgress(screen.stream, has_bar=False)
+    for seconds in (0.0, 2 * LINE_INTERVAL):
+        clock.now += seconds
+        progress.follow(starting(GIB))
+    progress.close()
+    screen.write("after")
+    assert screen.shows("after")

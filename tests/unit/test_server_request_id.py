@@ -4,8 +4,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engine.protocol.logs import LogConfig
 from server.logs import REQUEST_ID, configure_logging
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from tests.unit.server_support import COMPLETIONS, RunningServer, ServerLog, raw_exchange, running_server
 
 
@@ -83,7 +84,7 @@ def test_the_configured_log_writes_the_id_into_every_line(
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     level = logging.getLogger("uvicorn.error").level
-    configure_logging("info")
+    configure_logging(LogConfig())
     logging.getLogger("test").warning("outside")
     token = REQUEST_ID.set("mine-5")
     logging.getLogger("test").warning("inside")

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from server import streaming
+from tests.metric_samples import sample_lines
 from tests.unit.server_support import COMPLETIONS, RunningServer, running_server, wait_until
 
 PATIENCE = 1.0  # seconds of a server that gives up early
@@ -68,7 +69,7 @@ def hasty(model: Path) -> Iterator[RunningServer]:
 
 
 def metric(server: RunningServer, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = sample_lines(httpx.get(f"{server.url}/metrics").text)
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"ryzanstein_{name}"))
 
 

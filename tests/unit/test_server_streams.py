@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.metric_samples import sample_lines
 from tests.unit.server_support import (
     CHAT,
     COMPLETIONS,
@@ -92,7 +93,7 @@ def refusal(server: RunningServer, stream_id: str, last: str | None = None, key:
 
 
 def metric(server: RunningServer, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = sample_lines(httpx.get(f"{server.url}/metrics").text)
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"ryzanstein_{name}"))
 
 

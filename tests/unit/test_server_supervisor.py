@@ -29,8 +29,9 @@ from engine.protocol.messages import (
 from server import supervisor
 from server.engine_client import EngineClient
 from server.launch import EngineProcess
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from server.supervisor import MAX_VAIN_RESTARTS, Supervisor
+from tests.metric_samples import value_of
 
 SILENT = ("sh", "-c", "exec cat")  # an orchestrator that leaves the talking to the test
 WITH_A_RANK = ("sh", "-c", "sleep 600 & exec cat")
@@ -169,8 +170,7 @@ def test_a_group_that_is_lost_is_lost_once_however_often_its_successors_loading_
         await service.be_ready(1)
         for loaded in 0, 10, 20:
             await service.say(GroupStatus(2, GroupState.RECOVERING, loaded_bytes=loaded, total_bytes=20, recovery=DIED))
-        recoveries = service.client._metrics.registry.get_sample_value("ryzanstein_recoveries_total", {"cause": "died"})
-        assert recoveries == 1
+        assert value_of(service.client._metrics, "ryzanstein_recoveries_total", cause="died") == 1
         assert service.client.status.loaded_bytes == 20
 
     with_service(story)

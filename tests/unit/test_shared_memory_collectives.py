@@ -6,6 +6,7 @@ The ranks are threads here, each with a mapping and an end of its own. tests/int
 import mmap
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.communication import segment, shared_memory
-from engine.communication.shared_memory import OPERATIONS, SUMMED_TYPES, SharedMemoryCollectives, segment_bytes
+from engine.communication.shared_memory import SUMMED_TYPES, SharedMemoryCollectives, segment_bytes
 from engine.kernels.instruction_sets import usable_instruction_sets
 from engine.kernels.library import KernelLibrary
+from engine.protocol.stats import OPERATIONS
 
 T = TypeVar("T")
 INSTRUCTION_SETS = [item.name for item in usable_instruction_sets()]
@@ -29,7 +31,11 @@ SLOT = shared_memory.SLOT_BYTES
 
 @contextmanager
 def ends_of(
-    world_size: int, *, instruction_set: str = INSTRUCTION_SETS[0], timeout_seconds: float = 30.0
+    world_size: int,
+    *,
+    instruction_set: str = INSTRUCTION_SETS[0],
+    timeout_seconds: float = 30.0,
+    is_timed: bool = True,
 ) -> Iterator[list[SharedMemoryCollectives]]:
     """Yield the ends of a group, by rank."""
     library = KernelLibrary(instruction_set)
@@ -44,6 +50,7 @@ def ends_of(
             store=None,
             timeout_seconds=timeout_seconds,
             spin_seconds=1e-5,
+            is_timed=is_timed,
         )
         for rank in range(world_size)
     ]
@@ -191,13 +198,51 @@ def test_each_operation_is_counted_once_with_its_waiting() -> None:
 
     with ends_of(2) as ends:
         on_all(ends, work)
-        whole, waiting = ends[0].take_times()
+        whole, waiting, num_bytes = ends[0].take_times()
         assert {name: sum(delta.counts) for name, delta in whole.items()} == {
             name: 1 + (name == "barrier") for name in OPERATIONS
         }
         assert whole.keys() == waiting.keys()
         assert all(0 <= waiting[name].sum < delta.sum for name, delta in whole.items())
-        assert ends[0].take_times() == ({}, {})
+        assert num_bytes == {
+            "all_reduce": 12,  # as nccl-tests counts them: of one rank …
+            "broadcast": 12,
+            "all_gather": 24,  # … and of all together
+            "gather": 24,
+            "reduce_scatter": 8,
+            "barrier": 0,
+        }
+        assert ends[0].take_times() == ({}, {}, {})
+
+
+def test_a_run_is_computing_but_for_its_collectives() -> None:
+    def work(end: SharedMemoryCollectives) -> "tuple[array[float], float]":
+        end.barrier()  # of no run
+        runs = end.run_timer()
+        runs.begin()
+        if end.rank == 1:
+            time.sleep(0.3)
+        end.all_reduce(torch.ones(1))
+        runs.end()
+        return runs.take_runs(), end.take_times().whole["all_reduce"].sum
+
+    with ends_of(2) as ends:
+        (quick, quick_communicating), (late, late_communicating) = on_all(ends, work)
+    assert (quick[1], late[1]) == pytest.approx((quick_communicating, late_communicating))
+    assert quick[0] < 0.25 < quick[1]
+    assert late[1] < 0.25 < late[0]
+
+
+def test_where_operations_are_not_timed_they_are_done_all_the_same() -> None:
+    def work(end: SharedMemoryCollectives) -> float:
+        total = torch.ones(1)
+        end.all_reduce(total)
+        end.barrier()
+        return total.item()
+
+    with ends_of(2, is_timed=False) as ends:
+        assert on_all(ends, work) == [2, 2]
+        assert [end.take_times() for end in ends] == [({}, {}, {})] * 2
 
 
 def test_the_time_for_a_slower_rank_is_waiting() -> None:
@@ -335,4 +380,8 @@ def test_a_rank_that_has_left_does_nothing_more() -> None:
         ):
             with pytest.raises(RuntimeError, match="this rank has left the group"):
                 work()
-        assert ends[0].take_times() == ({}, {})
+        assert ends[0].take_times() == ({}, {}, {})
+        runs = ends[0].run_timer()
+        runs.begin()
+        runs.end()
+        assert runs.take_runs()[1] == 0

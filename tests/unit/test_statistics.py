@@ -1,15 +1,19 @@
 """When a rank reports, and what."""
 
+import mmap
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.checkpoint.mapped_memory import MappedMemory
+from engine.checkpoint.mapped_memory import MappedMemory, map_privately
 from engine.communication.handler import CommunicationHandler
-from engine.protocol.messages import RankStats
-from engine.worker.statistics import REPORT_INTERVAL, RankStatistics, process_memory
+from engine.protocol.messages import RankReport
+from engine.protocol.stats import HOST_MEMORY_KINDS
+from engine.worker.statistics import REPORT_INTERVAL, RankStatistics, device_memory, process_memory
+from engine.worker.step_times import FollowerStepTimes, NoStepTimes
 from tests.distributed import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -34,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def make_statistics() -> RankStatistics:
-    return RankStatistics(CommunicationHandler(CPU), FIXED, MappedMemory([]), epoch=3)
+    return RankStatistics(CommunicationHandler(CPU), FIXED, MappedMemory([]), NoStepTimes(), epoch=3)
 
 
 @pytest.mark.usefixtures("clock")
@@ -76,37 +80,85 @@ def test_the_next_interval_begins_when_a_report_is_taken(clock: Clock) -> None:
     assert statistics.seconds_until_due() == REPORT_INTERVAL
 
 
-def reports_after_work(group: CommunicationHandler) -> list[RankStats]:
-    """Report after three collectives, after one more, and after none."""
-    statistics = RankStatistics(group, FIXED, MappedMemory([]), epoch=3)
+def reports_after_work(group: CommunicationHandler) -> list[RankReport]:
+    """Report after a step of three collectives, after one of one, and after none."""
+    step_times = FollowerStepTimes(group.run_timer())
+    statistics = RankStatistics(group, FIXED, MappedMemory([]), step_times, epoch=3)
     reports = []
-    for num_collectives in (3, 1, 0):
+    for num_collectives in (3, 1):
+        step_times.begin_run()
         for _ in range(num_collectives):
             group.all_reduce(torch.ones(2))
+        step_times.end_run()
         reports.append(statistics.take())
-    return reports
+    return [*reports, statistics.take()]
 
 
-def test_collectives_are_counted_once_each_by_the_rank_that_took_part() -> None:
+def test_steps_and_collectives_are_counted_once_each_by_the_rank_that_took_part() -> None:
     for rank, reports in enumerate(run_on_ranks(reports_after_work, 2)):
-        assert [(report.epoch, report.rank) for report in reports] == [(3, rank)] * 3
-        assert [sum(report.collectives["all_reduce"].counts) for report in reports[:2]] == [3, 1]
-        assert all(report.collectives["all_reduce"].sum > 0 for report in reports[:2])
-        assert reports[2].collectives == {}
+        stats = [report.stats for report in reports]
+        assert [(each.epoch, each.rank) for each in stats] == [(3, rank)] * 3
+        assert [(each.backend, each.world_size) for each in stats] == [("shared-memory", 2)] * 3
+        assert [sum(each.collectives["all_reduce"].counts) for each in stats[:2]] == [3, 1]
+        assert [each.collective_bytes for each in stats] == [{"all_reduce": 24}, {"all_reduce": 8}, {}]
+        for report in reports[:2]:
+            phases = report.stats.phases
+            assert {name: sum(delta.counts) for name, delta in phases.items()} == {"compute": 1, "communicate": 1}
+            assert phases["communicate"].sum == pytest.approx(report.stats.collectives["all_reduce"].sum)
+            assert report.compute_seconds == [phases["compute"].sum]
+        assert (stats[2].collectives, stats[2].phases, reports[2].compute_seconds) == ({}, {}, [])
 
 
 def test_a_report_has_the_fixed_memory_and_what_the_process_takes_now() -> None:
-    memory = make_statistics().take().memory
-    assert set(memory) == {"weights", "weights_resident", "kv_cache", "resident"}
+    memory = make_statistics().take().stats.memory
+    assert set(memory) == set(HOST_MEMORY_KINDS)
     assert {kind: memory[kind] for kind in FIXED} == FIXED
 
 
-def test_resident_memory_is_what_the_kernel_says_in_bytes() -> None:
+def test_the_memory_of_a_process_is_what_the_kernel_says_in_bytes() -> None:
+    with mmap.mmap(-1, 64 << 20) as shared:  # anonymous memory that processes share counts as files in memory
+        shared[:] = b"x" * len(shared)
+        with_it = process_memory(CPU)
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")]
-    assert process_memory(CPU)["resident"] == pytest.approx(int(line.split()[1]) * 1024, rel=0.05)
+    present = int(line.split()[1]) * 1024
+    without = process_memory(CPU)
+    assert without["resident"] == pytest.approx(present, rel=0.05)
+    assert with_it["shared"] - without["shared"] == pytest.approx(64 << 20, rel=0.05)
+    assert without["resident_peak"] >= with_it["resident"] * 0.95 > without["resident"]
 
 
-def test_device_memory_is_reported_for_a_cuda_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 77 if device.type == "cuda" else 0)
-    assert process_memory(torch.device("cuda", 0))["device_allocated"] == 77
-    assert "device_allocated" not in process_memory(CPU)
+def test_a_host_has_more_than_it_can_still_give() -> None:
+    memory = process_memory(CPU)
+    assert 0 < memory["host_available"] < memory["host_total"]
+
+
+def test_weights_that_are_no_mapped_files_are_in_memory() -> None:
+    stats = make_statistics().take().stats
+    assert (stats.weights_resident_ratio, stats.memory["weights_resident"]) == (1.0, FIXED["weights"])
+
+
+def test_of_mapped_weights_the_share_that_is_in_memory_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(64 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = MappedMemory([(str(path), content := map_privately(file.fileno(), 64 << 20))])
+    statistics = RankStatistics(CommunicationHandler(CPU), FIXED, mapped, NoStepTimes(), epoch=3)
+    before = statistics.take().stats.weights_resident_ratio
+    content[: 32 << 20].sum()
+    after = statistics.take().stats
+    assert before < 0.1
+    assert 0.45 < after.weights_resident_ratio < 0.9  # the system reads ahead
+    assert after.memory["weights_resident"] == round(FIXED["weights"] * after.weights_resident_ratio)
+
+
+def test_memory_of_a_device_is_reported_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(("memory_allocated", "memory_reserved", "max_memory_allocated")):
+        monkeypatch.setattr(torch.cuda, name, lambda _, number=number: 77 + number)
+    assert device_memory(torch.device("cuda", 0)) == {
+        "device_allocated": 77,
+        "device_reserved": 78,
+        "device_peak": 79,
+    }
+    assert device_memory(CPU) == {}

@@ -38,6 +38,7 @@ struct Histogram {
 
 struct Times {
   Histogram whole, waiting;
+  int64_t num_bytes = 0;  // of a rank's part
 };
 
 // A rank's end of the group.
@@ -45,7 +46,9 @@ struct Collectives {
   SharedGroup group;
   int64_t most_shared_by_all;  // bytes of an all-reduce which each rank sums as a whole
   std::vector<int64_t> bounds_ns;
+  bool is_timed;
   Times times[kNumOperations];
+  int64_t spent_ns;  // in all operations, since the beginning
 };
 
 // Copies n bytes; the addresses of none may be null, as an empty tensor's is.
@@ -232,14 +235,20 @@ bool with_type(int type, const F& f) {
   }
 }
 
-// Does an operation and, if that went well, counts its time; returns 0, or 1 if it failed or this rank has left.
+// Does an operation and, if that went well, counts its time, and the bytes of this rank's part; returns 0, or 1 if it
+// failed or this rank has left.
 template <class F>
-int timed(Collectives* self, Operation operation, const F& work) {
+int timed(Collectives* self, Operation operation, int64_t num_bytes, const F& work) {
+  if (self == nullptr) return 1;
+  if (!self->is_timed) return work() ? 0 : 1;
   const int64_t began = now_ns();
-  if (self == nullptr || !work()) return 1;
+  if (!work()) return 1;
+  const int64_t spent = now_ns() - began;
   Times& times = self->times[operation];
-  times.whole.observe(self->bounds_ns, now_ns() - began);
+  times.whole.observe(self->bounds_ns, spent);
   times.waiting.observe(self->bounds_ns, self->group.take_waited_ns());
+  times.num_bytes += num_bytes;
+  self->spent_ns += spent;
   return 0;
 }
 
@@ -256,16 +265,19 @@ EXPORT int64_t ryz_collectives_segment_bytes(int size, int64_t slot_bytes) {
 }
 
 // Returns this rank's end of a group, or null without memory for it; see SharedGroup. A slot is a multiple of a line for
-// each rank. bounds_ns: of the histograms.
+// each rank. bounds_ns: of the histograms. is_timed: whether operations are timed and counted.
 EXPORT Collectives* ryz_collectives_create(char* segment, int rank, int size, int64_t slot_bytes,
                                            int64_t most_shared_by_all, int64_t spin_ns, int64_t timeout_ns,
-                                           const int* pidfds, const int64_t* bounds_ns, int num_bounds) {
+                                           const int* pidfds, const int64_t* bounds_ns, int num_bounds,
+                                           int is_timed) {
   try {
     std::unique_ptr<Collectives> self(
         new Collectives{SharedGroup(segment, rank, size, slot_bytes, spin_ns, timeout_ns, pidfds),
                         std::min(most_shared_by_all, slot_bytes),
                         std::vector<int64_t>(bounds_ns, bounds_ns + num_bounds),
-                        {}});
+                        is_timed != 0,
+                        {},
+                        0});
     for (Times& times : self->times) {
       times.whole.counts.resize(num_bounds + 1);
       times.waiting.counts.resize(num_bounds + 1);
@@ -287,8 +299,9 @@ EXPORT void ryz_collectives_destroy(Collectives* self) {
 
 // data [count], in place.
 EXPORT int ryz_all_reduce(Collectives* self, void* data, int64_t count, int type) {
-  const uint64_t tag = tag_of(kAllReduce, type, 0, count * element_bytes(type));
-  return timed(self, kAllReduce, [=] {
+  const int64_t num_bytes = count * element_bytes(type);
+  const uint64_t tag = tag_of(kAllReduce, type, 0, num_bytes);
+  return timed(self, kAllReduce, num_bytes, [=] {
     return with_type(type, [=](auto* of_type) {
       return all_reduce<std::remove_pointer_t<decltype(of_type)>>(*self, tag, data, count);
     });
@@ -298,26 +311,28 @@ EXPORT int ryz_all_reduce(Collectives* self, void* data, int64_t count, int type
 // out [rows, ranks, row_bytes] of each rank's own [rows, row_bytes].
 EXPORT int ryz_all_gather(Collectives* self, char* out, const char* own, int64_t rows, int64_t row_bytes) {
   const uint64_t tag = tag_of(kAllGather, kBytes, 0, rows * row_bytes);
-  return timed(self, kAllGather, [=] { return gather(self->group, tag, out, own, rows, row_bytes, true); });
+  return timed(self, kAllGather, rows * row_bytes,
+               [=] { return gather(self->group, tag, out, own, rows, row_bytes, true); });
 }
 
 // Likewise on rank 0; out is not touched on the others, which do not wait for it.
 EXPORT int ryz_gather(Collectives* self, char* out, const char* own, int64_t rows, int64_t row_bytes) {
   const uint64_t tag = tag_of(kGather, kBytes, 0, rows * row_bytes);
-  return timed(self, kGather,
+  return timed(self, kGather, rows * row_bytes,
                [=] { return gather(self->group, tag, out, own, rows, row_bytes, self->group.rank() == 0); });
 }
 
 // data [bytes], overwritten but on the source.
 EXPORT int ryz_broadcast(Collectives* self, char* data, int64_t bytes, int source) {
   const uint64_t tag = tag_of(kBroadcast, kBytes, source, bytes);
-  return timed(self, kBroadcast, [=] { return broadcast(self->group, tag, data, bytes, source); });
+  return timed(self, kBroadcast, bytes, [=] { return broadcast(self->group, tag, data, bytes, source); });
 }
 
 // out [rows, run], this rank's of the sum of data [rows, ranks, run].
 EXPORT int ryz_reduce_scatter(Collectives* self, void* out, const void* data, int64_t rows, int64_t run, int type) {
-  const uint64_t tag = tag_of(kReduceScatter, type, 0, rows * run * element_bytes(type));
-  return timed(self, kReduceScatter, [=] {
+  const int64_t num_bytes = rows * run * element_bytes(type);
+  const uint64_t tag = tag_of(kReduceScatter, type, 0, num_bytes);
+  return timed(self, kReduceScatter, num_bytes, [=] {
     return with_type(type, [=](auto* of_type) {
       return reduce_scatter<std::remove_pointer_t<decltype(of_type)>>(*self, tag, out, data, rows, run);
     });
@@ -326,7 +341,7 @@ EXPORT int ryz_reduce_scatter(Collectives* self, void* out, const void* data, in
 
 EXPORT int ryz_barrier(Collectives* self) {
   const uint64_t tag = tag_of(kBarrier, kBytes, 0, 0);
-  return timed(self, kBarrier, [=] {
+  return timed(self, kBarrier, 0, [=] {
     if (!self->group.begin(tag)) return false;
     self->group.come();
     return self->group.await_all();
@@ -335,8 +350,11 @@ EXPORT int ryz_barrier(Collectives* self) {
 
 EXPORT void ryz_collectives_failure(Collectives* self, FailureReport* out) { *out = self->group.failure(); }
 
-// Takes the histograms since the last take, [operations, 2, num_bounds + 2]: of the whole time and of the waiting, each
-// with its counts and then its sum in nanoseconds.
+// Returns where the nanoseconds lie that were spent in all operations since the beginning.
+EXPORT const int64_t* ryz_collectives_spent_ns(const Collectives* self) { return &self->spent_ns; }
+
+// Takes what was counted since the last take, [operations, 2 * (num_bounds + 2) + 1]: the histogram of the whole time and
+// that of the waiting, each with its counts and then its sum in nanoseconds, and the bytes of this rank's parts.
 EXPORT void ryz_collectives_take_times(Collectives* self, int64_t* out) {
   for (Times& times : self->times) {
     for (Histogram* histogram : {&times.whole, &times.waiting}) {
@@ -345,5 +363,7 @@ EXPORT void ryz_collectives_take_times(Collectives* self, int64_t* out) {
       std::fill(histogram->counts.begin(), histogram->counts.end(), 0);
       histogram->sum_ns = 0;
     }
+    *out++ = times.num_bytes;
+    times.num_bytes = 0;
   }
 }

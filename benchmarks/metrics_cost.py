@@ -1,0 +1,188 @@
+"""What it costs to measure: throughput with everything on /metrics, scraped each second, against throughput without.
+
+    .venv/bin/python benchmarks/metrics_cost.py --rounds 4 --json cost.json -tp 2
+
+Each round starts two services: one as it is by default, and one with --no-step-timing. They get the same load in turns,
+in pairs, of which each is first in turns too; the other service has nothing to do meanwhile. While the first has load,
+its /metrics is scraped as Prometheus would. A load is so many requests at once, each answered as a whole, and again so
+often. Other programs may hold up one of a pair, so of a round its median pair counts. Two processes of one program can
+differ in speed by how they happen to lie in memory, which pairs do not even out: so the interval is that of the rounds
+(Student's t, of logarithms), whose services are new each time.
+
+Rounds that FILE of --json already has count, too. Options that are not known here are the service's, and so is a model;
+without one the embedded model is served, whose short steps make the most of what each costs.
+"""
+
+import argparse
+import http.client
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from running_service import running_service
+
+REQUEST_SECONDS = 300.0
+WITH, WITHOUT = "with", "without"
+SCRAPE_HEADERS = {
+    "Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5",
+    "Accept-Encoding": "gzip",
+}
+# Student's t for 95%, two-sided, by degrees of freedom from 1 on; for more than 30 that of 30 is a little too wide.
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+class Client:
+    """Asks one service, over connections that it keeps."""
+
+    def __init__(self, url: str, streams: int, max_tokens: int) -> None:
+        self._host = urlsplit(url).netloc
+        self._connections = [http.client.HTTPConnection(self._host, timeout=REQUEST_SECONDS) for _ in range(streams)]
+        self._body = json.dumps(
+            {"prompt": "def ", "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, "n": 1}
+        )
+        self._tokens = streams * max_tokens
+        self._scraped_at = -math.inf  # by the clock of `_loaded_seconds` …
+        self._loaded_seconds = 0.0  # … which only runs while there is load that is scraped
+        self.scrape_bytes: list[int] = []
+
+    def run_load(self, repeats: int) -> float:
+        """Return the tokens a second of all connections, each of which asks so often, one request after the other."""
+        with ThreadPoolExecutor(len(self._connections)) as pool:
+            began = time.perf_counter()
+            list(pool.map(lambda connection: self._complete(connection, repeats), self._connections))
+            return self._tokens * repeats / (time.perf_counter() - began)
+
+    @contextmanager
+    def scraped(self, seconds: float) -> Iterator[None]:
+        """Scrape /metrics each so many seconds; the time between two of these blocks does not count."""
+        ended = threading.Event()
+        began = time.perf_counter() - self._loaded_seconds
+        thread = threading.Thread(target=self._scrape, args=(seconds, began, ended))
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self._loaded_seconds = time.perf_counter() - began
+
+    def _scrape(self, seconds: float, began: float, ended: threading.Event) -> None:
+        connection = http.client.HTTPConnection(self._host, timeout=REQUEST_SECONDS)
+        while not ended.wait(max(0.0, self._scraped_at + seconds - (time.perf_counter() - began))):
+            self._scraped_at = time.perf_counter() - began
+            connection.request("GET", "/metrics", headers=SCRAPE_HEADERS)
+            self.scrape_bytes.append(len(connection.getresponse().read()))
+        connection.close()
+
+    def _complete(self, connection: http.client.HTTPConnection, repeats: int) -> None:
+        for _ in range(repeats):
+            connection.request("POST", "/v1/completions", self._body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+            if response.status != 200:
+                raise RuntimeError(f"{response.status}: {answer.decode()}")
+
+
+def run_round(namespace: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Return the tokens a second of each pair of one round."""
+    options = [*arguments, "--tensor-parallel-size", str(namespace.tensor_parallel_size)]
+    pairs: list[dict[str, float]] = []
+    with running_service(options) as url, running_service([*options, "--no-step-timing"]) as other_url:
+        clients = {
+            name: Client(address, namespace.streams, namespace.max_tokens)
+            for name, address in ((WITH, url), (WITHOUT, other_url))
+        }
+        for client in clients.values():
+            client.run_load(1)
+        for number in range(namespace.pairs):
+            pair = {}
+            for name in (WITH, WITHOUT) if number % 2 == 0 else (WITHOUT, WITH):
+                scraped = clients[name].scraped(namespace.scrape_seconds) if name == WITH else nullcontext()
+                with scraped:
+                    pair[name] = clients[name].run_load(namespace.repeats)
+            pairs.append(pair)
+    sizes = clients[WITH].scrape_bytes
+    return {"pairs": pairs, "scrapes": len(sizes), "scrape_bytes": max(sizes)}
+
+
+def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return medians, and the ratio of the throughputs with its interval; that of one round has none."""
+    pairs = [pair for each in rounds for pair in each["pairs"]]
+    logs = [statistics.median(math.log(pair[WITH] / pair[WITHOUT]) for pair in each["pairs"]) for each in rounds]
+    mean, interval = statistics.fmean(logs), None
+    if len(logs) > 1:
+        half = T_95[min(len(logs) - 1, len(T_95)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+        interval = [math.exp(mean - half), math.exp(mean + half)]
+    return {
+        "rounds": len(rounds),
+        "pairs": len(pairs),
+        "tokens_per_second_with": statistics.median(pair[WITH] for pair in pairs),
+        "tokens_per_second_without": statistics.median(pair[WITHOUT] for pair in pairs),
+        "ratio": math.exp(mean),
+        "ratio_95": interval,
+        "ratio_of_rounds": [math.exp(log) for log in logs],
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Return the summary as people read it."""
+    interval = summary["ratio_95"]
+    told = f"95%: {interval[0]:.4f} to {interval[1]:.4f}" if interval else "no interval: that takes two rounds"
+    return (
+        f"tokens a second, scraped and timed   {summary['tokens_per_second_with']:10.1f}\n"
+        f"tokens a second, without             {summary['tokens_per_second_without']:10.1f}\n"
+        f"ratio                                {summary['ratio']:10.4f}   ({told})\n"
+        f"pairs, rounds                        {summary['pairs']:10d}   {summary['rounds']}\n"
+    )
+
+
+def count(word: str) -> int:
+    """Return a number of at least 1."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rounds", type=count, default=4, help="of new services (4)")
+    parser.add_argument("--pairs", type=count, default=20, help="of loads in a round (20)")
+    parser.add_argument("--streams", type=count, default=8, help="requests at once (8)")
+    parser.add_argument("--max-tokens", type=count, default=64, help="of a request (64)")
+    parser.add_argument("--repeats", type=count, default=2, help="requests after one another in a load (2)")
+    parser.add_argument("--scrape-seconds", type=float, default=1.0, help="between two scrapes (1)")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=count, default=2, help="ranks (2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    namespace, arguments = parser.parse_known_args()  # what is unknown is the service's: a model, other options
+    rounds: list[dict[str, Any]] = []
+    if namespace.json is not None and namespace.json.exists():
+        rounds = json.loads(namespace.json.read_text())["rounds"]
+    try:
+        for _ in range(namespace.rounds):
+            rounds.append(run_round(namespace, arguments))
+            if namespace.json is not None:
+                document = {"cores": os.cpu_count(), "summary": summarise(rounds), "rounds": rounds}
+                namespace.json.write_text(json.dumps(document, indent=2) + "\n")
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    sys.stdout.write(table(summarise(rounds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything that /metrics shows, from one table."""

@@ -1,0 +1,156 @@
+"""deploy/prometheus: Prometheus' own tools find nothing wrong, and every rule asks for what is served and is tested."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.metrics.table import BY_NAME, MODEL_NAME, Label, Metric
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+PAGE = (ROOT / "docs" / "monitoring.md").read_text()
+TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
+OF_PROMETHEUS = {"job", "instance", "le"}  # labels that it adds, and that of buckets
+JOB = "ryzanstein"
+
+RULES: list[dict[str, Any]] = [
+    rule
+    for path in sorted((PROMETHEUS / "rules").glob("*.yml"))
+    for group in yaml.safe_load(path.read_text())["groups"]
+    for rule in group["rules"]
+]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+RECORDED = {rule["record"]: rule for rule in RULES if "record" in rule}
+CASES: list[dict[str, Any]] = [case for path in TESTS for case in yaml.safe_load(path.read_text())["tests"]]
+
+each_alert = pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
+
+
+def check(program: str, *arguments: str | Path) -> None:
+    """Have one of Prometheus' tools check something."""
+    if shutil.which(program) is None:
+        package = {"promtool": "prometheus", "amtool": "prometheus-alertmanager"}[program]
+        pytest.skip(f"there is no {program}: apt-get install {package}")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+
+
+def test_the_configuration_is_valid() -> None:
+    check("promtool", "check", "config", PROMETHEUS / "prometheus.yml")
+
+
+def test_the_rules_are_valid_and_none_is_there_twice() -> None:
+    check("promtool", "check", "rules", "--lint=all", "--lint-fatal", *(PROMETHEUS / "rules").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_the_rules_do_what_their_tests_say(path: Path) -> None:
+    check("promtool", "test", "rules", path)
+
+
+def test_the_configuration_of_alertmanager_is_valid() -> None:
+    check("amtool", "check-config", PROMETHEUS / "alertmanager.yml")
+
+
+@each_alert
+def test_an_alert_is_tested_silent_and_firing_beside_somebody_that_is_well(alert: dict[str, Any]) -> None:
+    checks = [
+        (case, check)
+        for case in CASES
+        for check in case.get("alert_rule_test", [])
+        if check["alertname"] == alert["alert"]
+    ]
+    firing = [(case, check["exp_alerts"]) for case, check in checks if check.get("exp_alerts")]
+    assert firing
+    assert any(not check.get("exp_alerts") for _, check in checks)
+    if "absent(" not in alert["expr"]:  # of nobody there is nobody beside
+        for case, expected in firing:
+            names = {re.search(r'instance="(\w+)', series["series"])[1] for series in case["input_series"]}  # type: ignore[index]
+            assert len(names) > len(expected)
+
+
+def test_every_recording_rule_is_tested() -> None:
+    tested = " ".join(check["expr"] for case in CASES for check in case.get("promql_expr_test", []))
+    assert [name for name in RECORDED if not re.search(rf"{re.escape(name)}\b", tested)] == []
+
+
+@each_alert
+def test_an_alert_says_how_bad_it_is_of_whom_and_where_to_read_on(alert: dict[str, Any]) -> None:
+    assert alert["alert"].startswith("Ryzanstein")
+    assert alert["labels"]["severity"] in ("critical", "warning", "info")
+    notes = alert["annotations"]
+    assert set(notes) == {"summary", "description", "runbook"}
+    assert notes["description"].endswith(".")
+    assert "$labels" in notes["summary"] or "absent(" in alert["expr"]
+    assert notes["runbook"] == f"docs/monitoring.md#{alert['alert'].lower()}"
+    assert f"\n### {alert['alert']}\n" in PAGE
+
+
+def test_the_page_has_no_alert_that_is_none() -> None:
+    assert re.findall(r"^### (Ryzanstein\w+)$", PAGE, re.MULTILINE) == [alert["alert"] for alert in ALERTS]
+
+
+def test_the_page_names_each_recording_rule() -> None:
+    assert [name for name in RECORDED if f"`{name}`" not in PAGE] == []
+
+
+def selected(expression: str) -> list[tuple[str, str]]:
+    """Return the series that an expression selects, each with what is in its braces."""
+    return re.findall(r"\b((?:\w+:)?(?:ryzanstein|process)_[\w:]+|up)\b(?:\{([^}]*)\})?", expression)
+
+
+def metric_of(series: str) -> Metric:
+    """Return the table's line of a series."""
+    return BY_NAME.get(series) or BY_NAME[re.sub(r"_(bucket|sum|count)$", "", series)]
+
+
+@each_rule
+def test_a_rule_asks_for_series_that_are_served(rule: dict[str, Any]) -> None:
+    found = selected(rule["expr"])
+    assert found
+    for series, selector in found:
+        if series in RECORDED or series == "up":
+            continue
+        labels = {label.name: label for label in (*metric_of(series).labels, MODEL_NAME)}
+        for name, operator, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
+            if name in OF_PROMETHEUS:
+                assert (name, value) == ("job", JOB)
+            elif operator in ("=", "!="):
+                assert is_value(labels[name], value), (series, name, value)
+            else:
+                assert name in labels
+
+
+def is_value(label: Label, value: str) -> bool:
+    """Return whether a label may have a value, as far as the table knows."""
+    known = label.values or label.some
+    return not known or value in known
+
+
+@each_rule
+def test_a_rule_groups_by_labels_that_are_there(rule: dict[str, Any]) -> None:
+    there = {label.name for metric in BY_NAME.values() for label in metric.labels} | {MODEL_NAME.name} | OF_PROMETHEUS
+    groups = re.findall(r"\b(?:by|on|ignoring)\s*\(([^)]*)\)", rule["expr"])
+    assert {name.strip() for group in groups for name in group.split(",")} <= there
+
+
+def test_prometheus_reads_the_service_of_the_compose_file() -> None:
+    (job,) = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    ((target,),) = [each["targets"] for each in job["static_configs"]]
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    name, _, port = target.partition(":")
+    assert job["job_name"] == JOB
+    assert services[name]["ports"][0].endswith(f":{port}")
+    assert "./deploy/prometheus:/etc/prometheus:ro" in services["prometheus"]["volumes"]
+
+
+def test_kubernetes_service_gives_the_job_the_same_name() -> None:
+    service = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "base" / "service.yaml").read_text())
+    assert service["metadata"]["name"] == JOB  # the operator takes a Service's name as the job
