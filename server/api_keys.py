@@ -12,6 +12,7 @@ from server.options import DuplicateKeyError, UniqueKeyLoader
 ONLY_KEY = "default"  # name of the key of a service that has one
 ANONYMOUS = "anonymous"  # who sends a request where no key is asked for
 MOST = 10**6  # of either limit
+_NO_KEYS = ("[]", "{}")  # what programs write for none: everybody would guess such a key
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 _ONE_WORD = "must be one word of visible ASCII characters, since clients can send no others"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -46,7 +47,7 @@ def parse_keys(text: str) -> tuple[APIKey, ...]:
         ValueError: naming the entry of the list that is none, never what is in it.
     """
     line = text.removesuffix("\n").removesuffix("\r")
-    if not line or (_VISIBLE_ASCII.fullmatch(line) and not line.startswith("[{")):
+    if not line or (_VISIBLE_ASCII.fullmatch(line) and not line.startswith("[{") and line not in _NO_KEYS):
         return parse_key(line)
     keys = tuple(_entry(number, entry) for number, entry in enumerate(_read_list(text), 1))
     for name in ("name", "key"):

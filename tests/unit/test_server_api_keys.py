@@ -35,6 +35,8 @@ def test_one_word_is_a_plain_key_whatever_yaml_would_make_of_it(key: str) -> Non
         (f"- {SECRET}", "key 1 must have name and key"),
         (f"key: {SECRET}", "one word .* or a YAML list"),
         (f"{SECRET} {SECRET}", "one word .* or a YAML list"),
+        ("[]", "one word .* or a YAML list"),
+        ("{}\n", "one word .* or a YAML list"),
         ("[]\n# none", "one word .* or a YAML list"),
         (f"- {{name: a, key: {SECRET}", "neither one word nor YAML, as of line 1"),
         (f"- name: a\n  key: *{SECRET}", "neither one word nor YAML, as of line 2"),
