@@ -145,6 +145,7 @@ class Supervisor:
         sizes = client.status.num_kv_blocks or None, client.status.max_model_len or None
         try:
             await in_daemon_thread(partial(self._process.restart, epoch, *sizes))
+            self._channel.listen_again()
         except OSError as error:
             return self._fail(f"{recovery.cause}; another cannot be started: {error.strerror}")
         restart.note("kill")

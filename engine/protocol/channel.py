@@ -6,6 +6,7 @@ without lingering (what a dead group left unsent must not reach its successor).
 
 import contextlib
 import math
+from pathlib import Path
 
 import zmq
 import zmq.asyncio
@@ -137,4 +138,10 @@ class StatusChannel(AsyncChannel):
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
         super().__init__(context, None, GroupStatus)
+        self._endpoint = endpoint
         self.bind(endpoint)
+
+    def listen_again(self) -> None:
+        """Be there for who connects from now on, where what cleans /tmp up has removed the socket."""
+        if not Path(self._endpoint.removeprefix("ipc://")).exists():
+            self.bind(self._endpoint)

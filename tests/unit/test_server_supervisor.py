@@ -56,9 +56,18 @@ class Service:
             lambda status: self.readies.append(status.epoch),
         )
         self.supervising = asyncio.create_task(follow.run())
-        self._orchestrator = AsyncChannel(self.context, None, GroupStatus)
-        self._orchestrator.connect(self.process.spec.status_endpoint)
+        self._orchestrator = self._connect()
         self._ranks: list[AsyncChannel] = []
+
+    def _connect(self) -> AsyncChannel:
+        channel = AsyncChannel(self.context, None, GroupStatus)
+        channel.connect(self.process.spec.status_endpoint)
+        return channel
+
+    def connect_anew(self) -> None:
+        """Have another process be the orchestrator: one that was not connected before."""
+        self._orchestrator.close()
+        self._orchestrator = self._connect()
 
     async def say(self, status: GroupStatus) -> None:
         """Have the orchestrator send a status, and wait until it was heard."""
@@ -266,6 +275,20 @@ def test_what_a_dead_orchestrator_said_last_is_not_taken_for_its_successors() ->
         os.kill(pid, signal.SIGKILL)
         await service.until_restarted(pid)
         await service.send(GroupStatus(1, GroupState.FAILED, error="too late"))
+        await service.be_ready(2)
+        assert service.client.status.state is GroupState.READY
+
+    with_service(story)
+
+
+def test_an_orchestrator_is_heard_although_the_socket_for_it_was_removed() -> None:
+    async def story(service: Service) -> None:
+        await service.be_ready(1)
+        (service.process.run_dir / "status").unlink()  # as what cleans /tmp up does
+        pid = service.process.pid
+        os.kill(pid, signal.SIGKILL)
+        await service.until_restarted(pid)
+        service.connect_anew()
         await service.be_ready(2)
         assert service.client.status.state is GroupState.READY
 
