@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,13 +91,15 @@ class MultiGPUOrchestrator:
                     recovery = _recovery(lost, beats)
                 self._agreement = handshake.agreement or self._agreement
                 self._spec = replace(self._spec, epoch=self._spec.epoch + 1)
-                beats.pass_on(self._spec.beats_path)
+                with _errors_of(self._spec.beats_path):
+                    beats.pass_on(self._spec.beats_path)
 
     def _follow(self, group: Group) -> None:
         """Let a group run until asked to stop."""
         keep_process_on(self._cpus)  # the ranks are to find all cores
         if not self._spec_path.exists():  # what cleans /tmp up has been there
-            self._spec_path.write_bytes(msgspec.json.encode(self._spec))
+            with _errors_of(self._spec_path):
+                self._spec_path.write_bytes(msgspec.json.encode(self._spec))
         group.start(self._start_ranks, self._spec_path)
         for control in group.sockets:
             self._poller.register(control, zmq.POLLIN)
@@ -151,10 +154,17 @@ class MultiGPUOrchestrator:
 
 
 def _make_beats(spec: RankSpec) -> Beats:
-    try:
+    with _errors_of(spec.beats_path):
         return Beats(spec.beats_path, spec.engine.tensor_parallel_size)
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Say of a file in the folder of sockets that it cannot be made: the folder may be gone, or its disk full."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"TMPDIR: {spec.beats_path} cannot be made: {error.strerror}") from error
+        raise ValueError(f"TMPDIR: {path} cannot be made: {error.strerror}") from error
 
 
 def _recovery(lost: GroupLostError, beats: Beats) -> Recovery:

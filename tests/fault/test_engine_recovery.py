@@ -254,6 +254,17 @@ def test_an_orchestrator_after_another_has_its_sizes_and_removes_what_it_left(ch
         recover(engine)
 
 
+def test_a_folder_of_sockets_that_is_gone_is_named_when_the_next_group_needs_it(checkpoint: Path) -> None:
+    with EngineProcess(config(checkpoint)) as engine:
+        epoch = engine.status.epoch
+        shutil.rmtree(engine.spec.run_dir)
+        os.kill(rank_pids(engine)[0], signal.SIGKILL)
+        message = rf"^TMPDIR: {engine.spec.run_dir}/beats-{epoch + 1} cannot be made: No such file or directory$"
+        with pytest.raises(EngineFailedError, match=message):
+            engine.wait_until_ready()
+        assert engine.process.wait(30) == 1
+
+
 class killing:  # noqa: N801  (reads as a statement)
     """Kill, in the background, a rank of the first group in each state, as soon as its process is known."""
 
