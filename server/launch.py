@@ -103,6 +103,13 @@ class EngineProcess:
         """Wait until the orchestrator has exited and return its exit code."""
         return self._process.wait()
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the orchestrator is stopped at present, as by SIGSTOP: it could be continued."""
+        with contextlib.suppress(OSError):  # it has ended
+            return _state_and_group(Path(f"/proc/{self.pid}/stat"))[0] == "T"
+        return False
+
     def restart(self, epoch: int, num_kv_blocks: int | None, max_model_len: int | None) -> None:
         """Have another orchestrator begin with `epoch` in place of this one, once that and its ranks are gone.
 
@@ -175,9 +182,15 @@ def _has_members(group: int) -> bool:
 
 def _is_running_in(group: int, stat: Path) -> bool:
     with contextlib.suppress(OSError):  # it has ended meanwhile
-        state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-        return int(its_group) == group and state not in "ZX"
+        state, its_group = _state_and_group(stat)
+        return its_group == group and state not in "ZX"
     return False
+
+
+def _state_and_group(stat: Path) -> tuple[str, int]:
+    """Return a process's state, a letter, and its process group."""
+    state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+    return state, int(group)
 
 
 def _make_run_dir() -> Path:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 0.5  # how long a status sent just before the exit may take to arrive
 MAX_VAIN_RESTARTS = 3  # in a row
+LONGEST_PERIOD, LOOKS = 1.0, 8  # from one look at the orchestrator to the next; within --rank-timeout, at least
 STEADY_SECONDS = 60.0  # a group that was READY for so long was not started in vain
 
 
@@ -69,8 +70,9 @@ class Supervisor:
         following = asyncio.ensure_future(self._follow())
         broken = asyncio.ensure_future(self._client.until_broken())
         exited = asyncio.ensure_future(in_daemon_thread(self._process.wait))
+        suspended = asyncio.ensure_future(self._until_suspended())
         try:
-            await asyncio.wait((following, broken, exited), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((following, broken, exited, suspended), return_when=asyncio.FIRST_COMPLETED)
             noticed_at = time.time()
             if exited.done() and exited.result() >= 0:
                 await asyncio.wait((following,), timeout=LAST_WORDS_SECONDS)
@@ -78,14 +80,28 @@ class Supervisor:
                 return following.result()
             if broken.done():
                 return Recovery(broken.result(), noticed_at, kind="link")
+            if not exited.done():
+                return Recovery(suspended.result(), noticed_at, kind="orchestrator")
             cause = _describe_exit(exited.result())
             if exited.result() >= 0 and not self._client.was_ready:  # it would end in the same way again
                 return self._fail(cause)
             return Recovery(cause, noticed_at, kind="orchestrator")
         finally:
-            for task in (following, broken, exited):
+            for task in (following, broken, exited, suspended):
                 task.cancel()
-            await asyncio.gather(following, broken, exited, return_exceptions=True)
+            await asyncio.gather(following, broken, exited, suspended, return_exceptions=True)
+
+    async def _until_suspended(self) -> str:
+        """Wait until the orchestrator was stopped for as long as no rank may be; return that.
+
+        Only time in which this process itself looked counts, as with ranks.
+        """
+        timeout = self._process.spec.engine.rank_timeout
+        period, seconds = min(LONGEST_PERIOD, timeout / LOOKS), 0.0
+        while seconds <= timeout:
+            await asyncio.sleep(period)
+            seconds = seconds + period if self._process.is_suspended else 0.0
+        return f"the engine's orchestrator was stopped, and not continued within {timeout:g} s"
 
     async def _follow(self) -> GroupStatus:
         """Take statuses until one is FAILED."""

@@ -44,7 +44,7 @@ class Service:
 
     def __init__(self, command: tuple[str, ...]) -> None:
         self.context = zmq.asyncio.Context()
-        self.process = EngineProcess(EngineConfig(), command=command)
+        self.process = EngineProcess(EngineConfig(rank_timeout=1), command=command)
         self.client = EngineClient(self.context, Metrics())
         self.statuses: list[GroupStatus] = []
         self.readies: list[int] = []
@@ -291,6 +291,41 @@ def test_an_orchestrator_is_heard_although_the_socket_for_it_was_removed() -> No
         service.connect_anew()
         await service.be_ready(2)
         assert service.client.status.state is GroupState.READY
+
+    with_service(story)
+
+
+@pytest.mark.parametrize("is_recovering", [False, True])
+def test_an_orchestrator_that_is_stopped_is_replaced(is_recovering: bool) -> None:
+    async def story(service: Service) -> None:
+        await service.be_ready(1)
+        if is_recovering:  # then there is no link to rank 0 that would be cut
+            await service.lose(2)
+        pid = service.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        await service.until_restarted(pid)
+        assert not psutil.pid_exists(pid)
+        recovery = service.client.last_recovery
+        assert recovery is not None
+        assert recovery.kind == "orchestrator"
+        assert recovery.cause == "the engine's orchestrator was stopped, and not continued within 1 s"
+        await service.be_ready(service.spec.epoch)
+        assert service.client.status.state is GroupState.READY
+
+    with_service(story)
+
+
+def test_an_orchestrator_that_is_continued_in_time_goes_on() -> None:
+    async def story(service: Service) -> None:
+        await service.be_ready(1)
+        pid = service.process.pid
+        for _ in range(3):
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.4)
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.4)
+        assert service.process.pid == pid
+        assert service.client.last_recovery is None
 
     with_service(story)
 
