@@ -116,7 +116,7 @@ class Prometheus(Listener):
 
 
 class Webhook:
-    """What is told of alerts: `with Webhook() as webhook:` keeps in `webhook.alerts` those that come to `webhook.url`."""
+    """What is told of alerts: `with Webhook() as webhook:` keeps those that come to `webhook.url`."""
 
     def __init__(self) -> None:
         self.alerts: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ from tests.service_process import REQUEST_SECONDS, ROOT, ServiceProcess, wait_un
 
 RECOVERIES = 3  # that the alert takes
 RANKS_DIE_OFTEN = "RyzansteinRanksDieOften"
-BODY = {"prompt": "import ", "max_tokens": 64, "ignore_eos": True}
+BODY = {"prompt": "import ", "max_tokens": 16, "ignore_eos": True}
 KEYS = [{"name": "team-a", "key": "sk-a"}, {"name": "team-b", "key": "sk-b"}]
 VARIABLES = {"$__rate_interval": "5m", "$__range": "15m", "$model_name": ".+", "$instance": ".+"}
 PAGE = (ROOT / "docs" / "monitoring.md").read_text()
@@ -86,7 +86,7 @@ def ask(service: ServiceProcess, key: str, **fields: Any) -> httpx.Response:
 def load(service: ServiceProcess) -> None:
     """Have it answer some requests of both keys, and one too late."""
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda index: ask(service, KEYS[index % 2]["key"]), range(16)))
+        answers = list(pool.map(lambda index: ask(service, KEYS[index % 2]["key"]), range(8)))
     assert {answer.status_code for answer in answers} == {200}
     assert ask(service, "sk-a", max_tokens=500, timeout=0.001).status_code == 504
 
@@ -96,7 +96,7 @@ def lose_a_rank(service: ServiceProcess) -> None:
     begun = service.metric("ryzanstein_time_to_first_token_seconds_count")
     victim = psutil.Process(service.rank_pids()[1])
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, service, "sk-a", max_tokens=400)
+        answer = pool.submit(ask, service, "sk-a", max_tokens=150)
         wait_until(lambda: service.metric("ryzanstein_time_to_first_token_seconds_count") > begun, REQUEST_SECONDS)
         victim.kill()
         assert answer.result().status_code == 200
@@ -142,8 +142,8 @@ def test_a_recorded_series_is_there(watched: Watched, name: str) -> None:
 
 def test_shares_are_what_the_service_did(watched: Watched) -> None:
     read = watched.prometheus.value
-    assert 0 < read("model_name:ryzanstein_http_responses_5xx:ratio5m") < 0.2  # those that came too late
-    assert 0 < read("model_name:ryzanstein_requests_timed_out:ratio5m") < 0.2
+    assert 0 < read("model_name:ryzanstein_http_responses_5xx:ratio5m") < 0.3  # those that came too late
+    assert 0 < read("model_name:ryzanstein_requests_timed_out:ratio5m") < 0.3
     assert read("model_name:ryzanstein_requests_rejected:ratio5m") == 0
     assert 0 < read("instance:ryzanstein_recovery_seconds:mean1h") < 60
     assert all(0 < share < 1 for share in numbers(watched.prometheus.query("rank:ryzanstein_step_communicate:ratio5m")))
