@@ -6,7 +6,7 @@ somebody waits. All others wait here: what is refused is refused at once, and wh
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -95,32 +95,43 @@ class AdmissionQueue:
 
     At any moment each sequence that was submitted and has not ended either waits here or is in the engine, and while
     something waits all places of the engine are taken.
+
+    Args:
+        engine: takes what is next.
+        metrics: shows what waits.
+        limits: of what waits; each of the keys has an equal part, so that none can take the others' room.
+        max_num_seqs: how many sequences the engine takes into a step.
+        num_keys: how many keys there are, whose names come with requests.
     """
 
-    def __init__(self, engine: EngineClient, metrics: Metrics, limits: QueueLimits, max_num_seqs: int) -> None:
+    def __init__(
+        self, engine: EngineClient, metrics: Metrics, limits: QueueLimits, max_num_seqs: int, num_keys: int = 1
+    ) -> None:
         self.engine = engine
         engine.on_left = self._on_left
         self._metrics = metrics
-        self._limits = limits
+        self._most_requests = max(1, limits.max_queued_requests // num_keys)
+        self._most_tokens = max(1, limits.max_queued_tokens // num_keys)
         self._num_places = max_num_seqs + max(1, max_num_seqs // 8)  # the engine's own queue bridges the way to it
         self._queue: FairQueue[_Admission] = FairQueue()
-        self._num_waiting_tokens = 0
+        self._num_waiting: Counter[str] = Counter()  # requests, by key
+        self._num_waiting_tokens: Counter[str] = Counter()
         self._admissions: dict[str, _Admission] = {}  # by the ids of the sequences that have not ended
         self._num_in_engine = 0
         self._departures = Departures()
         metrics.queued_requests.set_function(lambda: len(self._queue))
-        metrics.queued_tokens.set_function(lambda: self._num_waiting_tokens)
+        metrics.queued_tokens.set_function(self._num_waiting_tokens.total)
 
     @property
     def num_requests(self) -> int:
         """API requests that were taken and have not ended."""
         return len(set(self._admissions.values()))
 
-    def require_room(self) -> None:
-        """Raise the `APIError` of a request that comes now, if none can be taken whatever it asks for."""
+    def require_room(self, key: str = ANONYMOUS) -> None:
+        """Raise the `APIError` of a request that comes now with `key`, if none can be taken whatever it asks for."""
         self.engine.require_ready()
-        if len(self._queue) >= self._limits.max_queued_requests:
-            raise self._full(f"{len(self._queue)} requests wait already")
+        if self._num_waiting[key] >= self._most_requests:
+            raise self._full(f"{self._num_waiting[key]} requests wait already")
 
     def submit(
         self,
@@ -149,14 +160,15 @@ class AdmissionQueue:
             raise self._late(deadline - arrival)
         prompts = _by_prompt(requests)
         if inbox is None:
-            self._require_room_for(prompts)
+            self._require_room_for(key, prompts)
             self._count(key, prompts)
         admission = _Admission(key, arrival, inbox or self._new_inbox(key), prompts, now)
         if deadline is not None:
             loop = asyncio.get_running_loop()
             admission.timer = loop.call_later(deadline - now, self._expire, admission, deadline - arrival)
         self._admissions |= dict.fromkeys((request.request_id for request in requests), admission)
-        self._num_waiting_tokens += admission.num_waiting_tokens
+        self._num_waiting[key] += 1
+        self._num_waiting_tokens[key] += admission.num_waiting_tokens
         if any(map(_has_begun, requests)):
             self._queue.push_ahead(admission)
         else:
@@ -198,18 +210,17 @@ class AdmissionQueue:
 
     # --- what may come -----------------------------------------------------------------------------------------------
 
-    def _require_room_for(self, prompts: Iterable[Sequence[Request]]) -> None:
-        """Raise an `APIError` if some of `prompts` would have to wait and may not. What waits alone always may."""
+    def _require_room_for(self, key: str, prompts: Iterable[Sequence[Request]]) -> None:
+        """Raise an `APIError` if some of `prompts` would have to wait and may not. A key's only request always may."""
         free, num_tokens = self._num_places - self._num_in_engine, 0
         for choices in prompts:
             num_tokens += 0 if free > 0 else _num_prompt_tokens(choices)
             free -= len(choices)
-        if not num_tokens or not self._queue:
+        if not num_tokens or not self._num_waiting[key]:
             return
-        if len(self._queue) >= self._limits.max_queued_requests:
-            raise self._full(f"{len(self._queue)} requests wait already")
-        if self._num_waiting_tokens + num_tokens > self._limits.max_queued_tokens:
-            raise self._full(f"requests with {self._num_waiting_tokens} prompt tokens wait already")
+        self.require_room(key)
+        if self._num_waiting_tokens[key] + num_tokens > self._most_tokens:
+            raise self._full(f"requests with {self._num_waiting_tokens[key]} prompt tokens wait already")
 
     def _count(self, key: str, prompts: Iterable[Sequence[Request]]) -> None:
         self._metrics.key_requests.labels(key).inc()
@@ -255,12 +266,16 @@ class AdmissionQueue:
         admission.inbox.given_at = admission.inbox.given_at or now
         admission.in_engine.update(request.request_id for request in choices)
         self._num_in_engine += len(choices)
-        self._num_waiting_tokens -= num_tokens
+        self._num_waiting_tokens[admission.key] -= num_tokens
         if not any(map(_has_begun, choices)):
             self._metrics.admission_time.observe(now - admission.begun)
             self._queue.charge(admission.key, num_tokens)
+        self._leave_if_done_waiting(admission)
+
+    def _leave_if_done_waiting(self, admission: _Admission) -> None:
         if not admission.waiting:
             self._queue.remove(admission.key, admission)
+            self._num_waiting[admission.key] -= 1
 
     def _on_left(self, request_id: str) -> None:
         """Take note that a sequence has left the engine, for whatever reason."""
@@ -305,10 +320,9 @@ class AdmissionQueue:
             if others := [request for request in choices if request.request_id not in request_ids]:
                 kept.append(others)
             else:
-                self._num_waiting_tokens -= _num_prompt_tokens(choices)
+                self._num_waiting_tokens[admission.key] -= _num_prompt_tokens(choices)
         admission.waiting = kept
-        if not kept:
-            self._queue.remove(admission.key, admission)
+        self._leave_if_done_waiting(admission)
         for request in taken:
             del self._admissions[request.request_id]
         if admission.is_over:

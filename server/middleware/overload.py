@@ -4,12 +4,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.admission import AdmissionQueue
 from server.errors import APIError
+from server.middleware.auth import key_name
 
 GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
 class Overload:
-    """ASGI middleware: answers as the queue does (429, or 503 while no requests are taken) where it has no room at all.
+    """ASGI middleware: answers as the queue does (429, or 503 while no requests are taken) where a key has no room.
 
     Reading and checking a body takes time that those who were accepted need.
     """
@@ -22,7 +23,7 @@ class Overload:
         """Handle one request."""
         if scope["method"] == "POST" and scope["path"].removeprefix(scope["root_path"]) in GENERATION_PATHS:
             try:
-                self._queue.require_room()
+                self._queue.require_room(key_name(scope))
             except APIError as error:
                 await error.response()(scope, receive, send)
                 return

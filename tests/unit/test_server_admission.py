@@ -96,9 +96,12 @@ class ManualLoop(asyncio.SelectorEventLoop):
         self.run_until_complete(run())
 
 
-def make(engine: Engine, metrics: Metrics | None = None, max_num_seqs: int = 2, **limits: int) -> AdmissionQueue:
+def make(
+    engine: Engine, metrics: Metrics | None = None, max_num_seqs: int = 2, num_keys: int = 1, **limits: int
+) -> AdmissionQueue:
     """Return a queue before an engine with one place more than `max_num_seqs`."""
-    return AdmissionQueue(cast("EngineClient", engine), metrics or Metrics(), QueueLimits(**limits), max_num_seqs)
+    client = cast("EngineClient", engine)
+    return AdmissionQueue(client, metrics or Metrics(), QueueLimits(**limits), max_num_seqs, num_keys)
 
 
 def sequences(name: str, num_tokens: int = 1, num_choices: int = 1, num_prompts: int = 1) -> list[Request]:
@@ -128,24 +131,24 @@ class Bookkeeping(RuleBasedStateMachine):
         self.came: dict[str, list[str]] = {"a": [], "b": []}  # by key: sequences in order of arrival
         self.num_taken = 0
 
-    @initialize(max_num_seqs=st.integers(1, 9), max_requests=st.integers(1, 4), max_tokens=st.integers(1, 30))
+    @initialize(max_num_seqs=st.integers(1, 9), max_requests=st.integers(1, 8), max_tokens=st.integers(1, 60))
     def begin(self, max_num_seqs: int, max_requests: int, max_tokens: int) -> None:
         self.places = max_num_seqs + 1  # as many as up to 15 have
-        self.limits = max_requests, max_tokens
+        self.limits = max(1, max_requests // 2), max(1, max_tokens // 2)  # of each key
         limits = {"max_queued_requests": max_requests, "max_queued_tokens": max_tokens}
-        self.queue = make(self.engine, self.metrics, max_num_seqs, **limits)
+        self.queue = make(self.engine, self.metrics, max_num_seqs, num_keys=2, **limits)
 
-    def waiting(self) -> dict[int, dict[int, int]]:
+    def waiting(self, keys: str = "ab") -> dict[int, dict[int, int]]:
         """Return what waits: by API request, the length of each of its prompts, by the prompt's number."""
         found: dict[int, dict[int, int]] = {}
-        for request_id, (number, _, request) in self.open.items():
-            if request_id not in self.engine.flights:
+        for request_id, (number, key, request) in self.open.items():
+            if key in keys and request_id not in self.engine.flights:
                 prompt = request.prompt_token_ids
                 found.setdefault(number, {})[prompt[0]] = len(prompt)
         return found
 
-    def num_waiting_tokens(self) -> int:
-        return sum(sum(prompts.values()) for prompts in self.waiting().values())
+    def num_waiting_tokens(self, keys: str = "ab") -> int:
+        return sum(sum(prompts.values()) for prompts in self.waiting(keys).values())
 
     @rule(
         key=st.sampled_from("ab"),
@@ -157,7 +160,7 @@ class Bookkeeping(RuleBasedStateMachine):
     def submit(self, key: str, num_tokens: int, num_choices: int, num_prompts: int, has_deadline: bool) -> None:
         number = self.num_taken
         requests = sequences(f"r{number}", num_tokens, num_choices, num_prompts)
-        num_waiting, num_waiting_tokens = len(self.waiting()), self.num_waiting_tokens()
+        num_waiting, num_waiting_tokens = len(self.waiting(key)), self.num_waiting_tokens(key)
         deadline = time.perf_counter() + LONG if has_deadline else None
         try:
             self.loop.call(lambda: self.take(number, self.queue.submit(requests, 0.0, key, deadline)))
@@ -391,6 +394,22 @@ def test_what_a_key_had_is_counted_by_its_name() -> None:
     assert counted == [1, 5, 5]
     queue.submit(sequences("s"), 0.0)
     assert value(metrics, "key_requests_total", key=ANONYMOUS) == 1
+
+
+def test_a_key_that_takes_all_the_room_it_may_leaves_the_others_theirs() -> None:
+    queue = make(Engine(), max_num_seqs=1, num_keys=3, max_queued_requests=6, max_queued_tokens=300)
+    for index in range(2 + 2):  # two are in the engine, two wait
+        queue.submit(sequences(f"a{index}"), 0.0, "a")
+    with refused(429, "queue_full"):
+        queue.submit(sequences("a4"), 0.0, "a")
+    with refused(429, "queue_full"):
+        queue.require_room("a")
+    queue.require_room("b")
+    queue.submit(sequences("b0", num_tokens=60), 0.0, "b")
+    with refused(429, "queue_full"):
+        queue.submit(sequences("b1", num_tokens=41), 0.0, "b")
+    queue.submit(sequences("b2", num_tokens=40), 0.0, "b")
+    queue.submit(sequences("c0"), 0.0, "c")
 
 
 def test_a_key_with_one_request_does_not_wait_behind_all_of_another_key() -> None:
