@@ -37,6 +37,6 @@ def check_batch_invariance(
         raise ValueError("--batch-invariant needs the C++ kernels: how torch adds up depends on the number of rows")
     if group.carrier == "gloo" and group.world_size > 2:  # of two summands it does not matter which comes first
         raise ValueError(
-            f"--batch-invariant on {group.world_size} ranks needs collectives in shared memory: in what order gloo "
-            "adds up depends on where a row lies in the batch"
+            f"--batch-invariant on {group.world_size} ranks needs collectives in shared memory, in /dev/shm: in what "
+            "order gloo adds up depends on where a row lies in the batch"
         )

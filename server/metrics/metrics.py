@@ -144,6 +144,7 @@ class Metrics:
         else:
             self._running.set(0)
             self._waiting.set(0)
+            self._set_blocks(0, 0)
 
     def _describe(self, status: GroupStatus) -> None:
         """Show what the group that is ready is, instead of the one before it."""

@@ -4,7 +4,11 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -70,7 +74,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
+    with (disk / "filler").open("ab", buffering=0) as file:
         while True:
             try:
                 file.write(bytes(4096))
@@ -90,6 +94,47 @@ def test_a_rank_that_dies_while_the_disk_is_full_is_a_pause_or_one_clear_line(di
             assert service.process.returncode == 1
             assert "No space left on device" in service.stderr.splitlines()[-1]
             assert "Traceback" not in service.stderr
+
+
+@contextmanager
+def kept_full(disk: Path) -> Iterator[None]:
+    """Take what room there is, and what becomes free."""
+    over = threading.Event()
+
+    def keep_full() -> None:
+        while not over.wait(0.001):
+            fill(disk)
+
+    thread = threading.Thread(target=keep_full)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def with_shared_memory_of(size: str) -> tuple[str, ...]:
+    """Return what starts a command, given after it, where /dev/shm is as small as `size`; skip where that cannot be."""
+    mount = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'
+    begin = ("unshare", "--mount", "sh", "-c", mount, "sh")
+    tried = subprocess.run([*begin, "true"], check=False, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"mounts are not allowed here: {tried.stderr.strip()}")
+    return begin
+
+
+def test_a_rank_that_dies_while_shared_memory_is_full_is_a_pause() -> None:
+    requests = bodies(8, 100)
+    serve = (sys.executable, "-P", "-m", "server", "serve", "-tp", "2", *EXACT, "--port", "0")
+    with ServiceProcess(command=[*with_shared_memory_of("8m"), *serve]) as service:
+        expected = undisturbed(service, requests)
+        with Crowd(service.url, requests) as crowd, kept_full(Path(f"/proc/{service.process.pid}/root/dev/shm")):
+            crowd.wait_for_tokens(200)
+            os.kill(service.rank_pids()[1], signal.SIGKILL)
+            streams = crowd.finish()
+        check(streams, expected)
+        assert "the ranks use gloo, which is slower, since they cannot share memory" in service.stderr
 
 
 def is_ready(service: ServiceProcess, epoch: int) -> bool:
