@@ -35,8 +35,8 @@ image:
 
 # Unit tests keep one core busy each. The others start several processes themselves.
 test: lint types
-	$(VENV)/bin/python -m pytest -n 2 tests/architecture tests/unit
-	$(VENV)/bin/python -m pytest tests/e2e tests/fault tests/integration
+	$(VENV)/bin/python -m pytest -n 2 tests/architecture tests/unit; status=$$?; \
+	$(VENV)/bin/python -m pytest tests/e2e tests/fault tests/integration && exit $$status
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m 'slow and not container'

@@ -12,6 +12,7 @@ import pytest
 
 from server.api_keys import APIKey
 from server.middleware.auth import MINUTE, _Account
+from tests.metric_samples import sample_lines
 from tests.unit.server_support import COMPLETIONS, RunningServer, ServerLog, running_server, wait_until
 
 KEYS: list[dict[str, Any]] = [
@@ -48,7 +49,7 @@ def streaming(server: RunningServer, key: str) -> Iterator[httpx.Response]:
 
 def samples(server: RunningServer, name: str) -> dict[str, float]:
     """Return a metric's values by their labels."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = sample_lines(httpx.get(f"{server.url}/metrics").text)
     found = [line for line in lines if line.startswith(f"ryzanstein_{name}{{")]
     return {line[line.index("{") + 1 : line.index("}")]: float(line.rsplit(" ", 1)[1]) for line in found}
 

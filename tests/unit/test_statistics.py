@@ -124,7 +124,7 @@ def test_the_memory_of_a_process_is_what_the_kernel_says_in_bytes() -> None:
     without = process_memory(CPU)
     assert without["resident"] == pytest.approx(present, rel=0.05)
     assert with_it["shared"] - without["shared"] == pytest.approx(64 << 20, rel=0.05)
-    assert without["resident_peak"] >= with_it["resident"] * 0.95 > without["resident"]
+    assert without["resident_peak"] >= present + (32 << 20)
 
 
 def test_a_host_has_more_than_it_can_still_give() -> None:
