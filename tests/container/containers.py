@@ -99,6 +99,7 @@ class Containers:
         self._namespace.wait()
         assert self._namespace.stdout is not None
         self._namespace.stdout.close()
+        _unmount_below(self.folder)
         shutil.rmtree(self.folder)
 
     def outside(self, *command: str, seconds: float = COMMAND_SECONDS, cwd: Path | None = None) -> str:
@@ -159,6 +160,14 @@ class Containers:
     def remove(self, name: str) -> None:
         """Remove a container and its anonymous volumes, at once."""
         self.inside("podman", "rm", "--force", "--time", "0", "--volumes", name)
+
+
+def _unmount_below(folder: Path) -> None:
+    """Unmount what programs that were killed have left mounted there."""
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for path in reversed(mounted):
+        if path.startswith(f"{folder}/"):
+            subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
 
 
 def _run(command: Sequence[str], environment: dict[str, str], seconds: float, cwd: Path | None) -> str:
