@@ -61,6 +61,7 @@ class EngineClient:
         self._aborted: list[str] = []  # wire ids that the engine is to be told of
         self._num_recalls = 0  # times that a sequence was taken back from an engine, or an engine was lost
         self._suspects = Suspects()
+        metrics.num_unsent = lambda: len(self._waiting)
         self._outgoing = asyncio.Event()
         self._channel: EngineChannel | None = None
         self._tasks: list[asyncio.Task[None]] = []

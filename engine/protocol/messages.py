@@ -200,7 +200,7 @@ class SchedulerStats(Part, frozen=True):
 
 
 class StatsReport(Message, frozen=True):
-    """About once a second while there is news: the scheduler's statistics and those of the ranks heard from."""
+    """The scheduler's statistics and those of ranks, about once a second while there is work and seldom otherwise."""
 
     scheduler: SchedulerStats
     ranks: list[RankStats]

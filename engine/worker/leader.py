@@ -125,7 +125,7 @@ class Leader:
         if not self._scheduler.has_work:
             seconds = self._statistics.seconds_until_due()
             self._beats.rest()
-            self._poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+            self._poller.poll(math.ceil(seconds * 1000))
 
     def _take_messages(self) -> None:
         """Take what has arrived."""

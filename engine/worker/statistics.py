@@ -1,4 +1,4 @@
-"""What one rank reports of itself about once a second while it works."""
+"""What one rank reports of itself: about once a second while it works, and seldom while it does not."""
 
 import time
 from pathlib import Path
@@ -12,11 +12,12 @@ from engine.worker.host import free_memory, total_memory
 from engine.worker.step_times import StepTimes
 
 REPORT_INTERVAL = 1.0  # seconds
+IDLE_REPORT_INTERVAL = 15.0  # without work: memory changes then, too, as while weights are still read ahead
 STATUS_FIELDS = {"resident": "VmRSS", "resident_peak": "VmHWM", "shared": "RssShmem"}  # of /proc/self/status
 
 
 class RankStatistics:
-    """Decides when a report is due: an interval after the last one, and only after work was done.
+    """Decides when a report is due: an interval after the last one, which is longer when no work was done.
 
     Args:
         group: whose collectives are reported.
@@ -47,11 +48,10 @@ class RankStatistics:
         """Say that something happened that is worth a report."""
         self._has_news = True
 
-    def seconds_until_due(self) -> float | None:
-        """Return the seconds until the next report, 0 if it is due, None if there is nothing to report."""
-        if not self._has_news:
-            return None
-        return max(0.0, self._last + REPORT_INTERVAL - time.monotonic())
+    def seconds_until_due(self) -> float:
+        """Return the seconds until the next report, 0 if it is due."""
+        interval = REPORT_INTERVAL if self._has_news else IDLE_REPORT_INTERVAL
+        return max(0.0, self._last + interval - time.monotonic())
 
     def take(self) -> RankReport:
         """Return the deltas since the last report."""

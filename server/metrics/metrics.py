@@ -4,6 +4,7 @@ Latencies are measured where a token reaches this process; statistics of the eng
 here, so that the counters outlive a rank.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
@@ -41,6 +42,8 @@ class Metrics:
         self._families: dict[str, Family[Series]] = {}  # by name
         self._engine = engine or EngineConfig()
         self._dtype = dtype
+        self._num_waiting = 0  # in the engine
+        self.num_unsent: Callable[[], int] = lambda: 0  # sequences that wait to be sent to an engine
         self.time_to_first_token = self._histogram("ryzanstein_time_to_first_token_seconds")
         self.inter_token_latency = self._histogram("ryzanstein_inter_token_latency_seconds")
         self.e2e_latency = self._histogram("ryzanstein_e2e_request_latency_seconds")
@@ -58,7 +61,7 @@ class Metrics:
         self.key_prompt_tokens = self._values("ryzanstein_key_prompt_tokens_total")
         self.key_generation_tokens = self._values("ryzanstein_key_generation_tokens_total")
         self._running = self._gauge("ryzanstein_num_requests_running")
-        self._waiting = self._gauge("ryzanstein_num_requests_waiting")
+        self._gauge("ryzanstein_num_requests_waiting").set_function(lambda: self._num_waiting + self.num_unsent())
         self.queued_requests = self._gauge("ryzanstein_queued_requests")
         self.queued_tokens = self._gauge("ryzanstein_queued_tokens")
         self.rejected = self._values("ryzanstein_requests_rejected_total")
@@ -143,8 +146,8 @@ class Metrics:
             self._describe(status)
         else:
             self._running.set(0)
-            self._waiting.set(0)
-            self._set_blocks(0, 0)
+            self._num_waiting = 0
+            self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)  # what used them is gone
 
     def _describe(self, status: GroupStatus) -> None:
         """Show what the group that is ready is, instead of the one before it."""
@@ -166,7 +169,7 @@ class Metrics:
 
     def _add_scheduler(self, stats: SchedulerStats) -> None:
         self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
+        self._num_waiting = stats.num_waiting
         self._set_blocks(stats.num_kv_blocks, stats.num_free_kv_blocks)
         self._preemptions.inc(stats.preemptions)
         self._steps.inc(stats.steps)

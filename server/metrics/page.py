@@ -22,7 +22,7 @@ HEAD = f"""# Metrics
 `GET /metrics` shows these, in Prometheus' text format and, to those who ask for it as Prometheus does, in OpenMetrics.
 Every series whose name begins with `{PREFIX}` has the label `{MODEL_NAME.name}`, {MODEL_NAME.help}, beside those named
 here. [guide.md](guide.md#read-the-metrics) says what to ask of them. Counters are kept by the server and survive a
-rank; statistics of the ranks arrive about once a second while there is work.
+rank; statistics of the ranks arrive about once a second while there is work, and each 15 seconds otherwise.
 
 This page is written by `python -m server.metrics.page --update docs/metrics.md`, from
 [table.py](../server/metrics/table.py).

@@ -350,7 +350,8 @@ METRICS: tuple[Metric, ...] = (
         "ryzanstein_num_requests_waiting",
         Kind.GAUGE,
         "sequences",
-        "Sequences that wait in the engine for KV blocks or a place.",
+        "Sequences that wait in the engine for KV blocks or a place, or for an engine: those in flight while ranks are "
+        "replaced.",
         Group.QUEUE,
         panel=Panel("Running and waiting", Show.VALUE),
         vllm=("vllm:num_requests_waiting",),

@@ -486,3 +486,19 @@ def test_a_link_that_is_cut_by_a_death_that_is_told_is_no_broken_one(
 
     monkeypatch.setattr(engine_client, "LINK_GRACE_SECONDS", 0.2)
     with_service(tmp_path, story)
+
+
+def test_what_is_in_flight_while_there_is_no_group_waits(tmp_path: Path) -> None:
+    async def story(service: Service) -> None:
+        service.client.submit([request("a"), request("b")], 0.0)
+        assert sorted(await service.sent_ids()) == ["a", "b"]
+        assert service.metric("num_requests_waiting") == 0
+        service.lose_group("a", "b")
+        assert service.metric("num_requests_waiting") == 2
+        service.client.abort(["b"])
+        assert service.metric("num_requests_waiting") == 1
+        service.start_group()
+        await service.sent()
+        assert service.metric("num_requests_waiting") == 0
+
+    with_service(tmp_path, story)

@@ -72,6 +72,22 @@ def test_the_bandwidth_of_the_last_report_with_a_transfer_stays() -> None:
     assert line.endswith(" 1000.0")
 
 
+def test_no_blocks_are_used_while_there_is_no_group() -> None:
+    metrics = Metrics()
+    metrics.set_status(ready(1, "cpu", 64, "avx2"))
+    metrics.add_report(report(1.0, None, 0))
+    assert (
+        value_of(metrics, "ryzanstein_kv_cache_used_blocks")
+        == SCHEDULER.num_kv_blocks - SCHEDULER.num_free_kv_blocks
+        > 0
+    )
+    metrics.set_status(GroupStatus(2, GroupState.RECOVERING, num_kv_blocks=64))
+    assert value_of(metrics, "ryzanstein_kv_cache_blocks") == 64
+    assert (
+        value_of(metrics, "ryzanstein_kv_cache_used_blocks") == value_of(metrics, "ryzanstein_kv_cache_usage_perc") == 0
+    )
+
+
 def test_a_line_of_another_kind_is_a_mistake() -> None:
     with pytest.raises(TypeError, match="ryzanstein_engine_ready is a gauge"):
         Metrics()._counter("ryzanstein_engine_ready")

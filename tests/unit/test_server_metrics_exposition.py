@@ -147,7 +147,7 @@ def test_under_vllms_names_are_the_same_samples() -> None:
 def test_to_a_gateway_what_waits_in_the_server_waits_too() -> None:
     metrics = Metrics(vllm_names=True)
     metrics.queued_requests.set_function(lambda: 5)
-    metrics._waiting.set(2)
+    metrics.num_unsent = lambda: 2
     (sample,) = read(metrics)["vllm:num_requests_waiting"].samples
     assert sample.value == 7
 

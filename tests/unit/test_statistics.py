@@ -12,7 +12,13 @@ from engine.checkpoint.mapped_memory import MappedMemory, map_privately
 from engine.communication.handler import CommunicationHandler
 from engine.protocol.messages import RankReport
 from engine.protocol.stats import HOST_MEMORY_KINDS
-from engine.worker.statistics import REPORT_INTERVAL, RankStatistics, device_memory, process_memory
+from engine.worker.statistics import (
+    IDLE_REPORT_INTERVAL,
+    REPORT_INTERVAL,
+    RankStatistics,
+    device_memory,
+    process_memory,
+)
 from engine.worker.step_times import FollowerStepTimes, NoStepTimes
 from tests.distributed import run_on_ranks
 
@@ -46,12 +52,12 @@ def test_a_first_report_is_due_at_once() -> None:
     assert make_statistics().seconds_until_due() == 0
 
 
-def test_nothing_is_due_without_work_since_the_last_report(clock: Clock) -> None:
+def test_without_work_since_the_last_report_the_next_is_due_later(clock: Clock) -> None:
     statistics = make_statistics()
     statistics.take()
-    assert statistics.seconds_until_due() is None
+    assert statistics.seconds_until_due() == IDLE_REPORT_INTERVAL
     clock.now += 10 * REPORT_INTERVAL
-    assert statistics.seconds_until_due() is None
+    assert statistics.seconds_until_due() == IDLE_REPORT_INTERVAL - 10 * REPORT_INTERVAL > 0
 
 
 def test_work_is_reported_an_interval_after_the_last_report(clock: Clock) -> None:
