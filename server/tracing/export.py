@@ -21,6 +21,8 @@ from server.tracing.request import TRACE
 
 SECONDS_BETWEEN_LINES = 60.0  # of the log, about what cannot be exported
 SHUTDOWN_SECONDS = 3.0  # for what has not been exported yet
+# Their warnings are of headers that a client has sent, and repeat them: W3C has what is malformed ignored.
+HEADER_LOGGERS = ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext")
 
 
 class ExportedTraces(Traces):
@@ -40,6 +42,8 @@ class ExportedTraces(Traces):
         self._model = model
         self._seldom = SeldomFilter(SECONDS_BETWEEN_LINES)
         logging.getLogger(trace_exporter.__name__).addFilter(self._seldom)
+        for name in HEADER_LOGGERS:
+            logging.getLogger(name).addFilter(_is_error)
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         """See `Traces`."""
@@ -57,6 +61,8 @@ class ExportedTraces(Traces):
         closing = asyncio.ensure_future(in_daemon_thread(self._provider.shutdown))
         await asyncio.wait((closing,), timeout=SHUTDOWN_SECONDS)
         logging.getLogger(trace_exporter.__name__).removeFilter(self._seldom)
+        for name in HEADER_LOGGERS:
+            logging.getLogger(name).removeFilter(_is_error)
 
 
 class SeldomFilter(logging.Filter):
@@ -74,3 +80,7 @@ class SeldomFilter(logging.Filter):
             return False
         self._passed_at = now
         return True
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
