@@ -680,7 +680,7 @@ METRICS: tuple[Metric, ...] = (
         "ryzanstein_http_responses_total",
         Kind.COUNTER,
         "responses",
-        "Responses, refusals included. Code 499: the client went away before one began.",
+        "Responses, refusals included, but not to what is not HTTP. Code 499: the client went away before one began.",
         Group.HTTP,
         labels=(
             Label("route", "the path's template; unknown: a path that is none of the API's"),
