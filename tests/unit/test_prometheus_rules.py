@@ -1,5 +1,6 @@
 """deploy/prometheus: Prometheus' own tools find nothing wrong, and every rule asks for what is served and is tested."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -149,6 +150,54 @@ def test_prometheus_reads_the_service_of_the_compose_file() -> None:
     assert job["job_name"] == JOB
     assert services[name]["ports"][0].endswith(f":{port}")
     assert "./deploy/prometheus:/etc/prometheus:ro" in services["prometheus"]["volumes"]
+
+
+def test_prometheus_tells_the_alertmanager_of_the_compose_file() -> None:
+    (group,) = yaml.safe_load((PROMETHEUS / "alertmanagers.yml").read_text())
+    (target,) = group["targets"]
+    name, _, port = target.partition(":")
+    alertmanager = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][name]
+    assert alertmanager["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert "./deploy/prometheus:/etc/alertmanager:ro" in alertmanager["volumes"]
+    assert alertmanager["entrypoint"] == ["/bin/sh", "/etc/alertmanager/alertmanager.sh"]
+
+
+def started_with(folder: Path, webhook: str | None, text: str | None = None) -> Any:
+    """Return the configuration that the compose file's Alertmanager is started with."""
+    for name in ("alertmanager.sh", "alertmanager.yml"):
+        shutil.copy(PROMETHEUS / name, folder)
+    if text is not None:
+        (folder / "alertmanager.yml").write_text(text)
+    program = folder / "alertmanager"  # stands in for it, and shows its file
+    program.write_text('#!/bin/sh\ncat "${1#--config.file=}"\n')
+    program.chmod(0o755)
+    (folder / "tmp").mkdir()
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder / "tmp")}
+    if webhook is not None:
+        environment["ALERT_WEBHOOK_URL"] = webhook
+    command = ["sh", str(folder / "alertmanager.sh")]
+    return yaml.safe_load(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("address", ["https://chat.example/hook", "http://h:8080/a?b=c&d=e|f#g\\1"])
+def test_alertmanager_tells_the_address_that_the_variable_gives(address: str, tmp_path: Path) -> None:
+    expected = yaml.safe_load((PROMETHEUS / "alertmanager.yml").read_text())
+    (webhook,) = expected["receivers"][1]["webhook_configs"]
+    webhook["url"] = address
+    assert started_with(tmp_path, address) == expected
+
+
+@pytest.mark.parametrize("webhook", [None, ""])
+def test_alertmanager_tells_nobody_while_there_is_no_address(webhook: str | None, tmp_path: Path) -> None:
+    expected = yaml.safe_load((PROMETHEUS / "alertmanager.yml").read_text())
+    expected["route"]["receiver"] = "nobody"
+    assert started_with(tmp_path, webhook) == expected
+
+
+def test_alertmanager_tells_the_address_that_its_file_was_given(tmp_path: Path) -> None:
+    text = (PROMETHEUS / "alertmanager.yml").read_text().replace("http://127.0.0.1:9099/alerts", "http://mine/alerts")
+    assert "mine" in text
+    assert started_with(tmp_path, "", text) == yaml.safe_load(text)
 
 
 def test_kubernetes_service_gives_the_job_the_same_name() -> None:
