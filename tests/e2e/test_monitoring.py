@@ -142,11 +142,13 @@ def test_a_recorded_series_is_there(watched: Watched, name: str) -> None:
 
 def test_shares_are_what_the_service_did(watched: Watched) -> None:
     read = watched.prometheus.value
+    wait_until(lambda: read("model_name:ryzanstein_http_responses_5xx:ratio5m") > 0, 60)  # rules lag behind
     assert 0 < read("model_name:ryzanstein_http_responses_5xx:ratio5m") < 0.3  # those that came too late
     assert 0 < read("model_name:ryzanstein_requests_timed_out:ratio5m") < 0.3
     assert read("model_name:ryzanstein_requests_rejected:ratio5m") == 0
     assert 0 < read("instance:ryzanstein_recovery_seconds:mean1h") < 60
-    assert all(0 < share < 1 for share in numbers(watched.prometheus.query("rank:ryzanstein_step_communicate:ratio5m")))
+    shares = numbers(watched.prometheus.query("rank:ryzanstein_step_communicate:ratio5m"))
+    assert [share for share in shares if not 0 < share < 1] == []
 
 
 def test_ranks_that_die_often_are_told_to_the_webhook(watched: Watched) -> None:
