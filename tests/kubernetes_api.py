@@ -170,13 +170,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         _, kind, name, part = _resource(self.path)
+        manifest = self._body()  # of an eviction, too: what is left of a request is taken for the next one
         if part == "eviction":  # there comes another, on another node
             pod = self.objects.pop((kind, name))
             spec = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
             self.objects[kind, f"{name}-again"] = _merge(pod, {"metadata": {"name": f"{name}-again"}}) | {"spec": spec}
             self._answer({"kind": "Status", "apiVersion": "v1", "status": "Success"}, 201)
             return
-        manifest = self._body()
         for item in (manifest, *_made_by_controllers(manifest)):
             self.objects[item["kind"], item["metadata"]["name"]] = _created(item)
         self._answer(self.objects[manifest["kind"], manifest["metadata"]["name"]], 201)
