@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 import torch
+from arguments import count
 from running_service import running_service
 
 from engine.bench.decode_costs import ModelCosts, StepCost
@@ -130,13 +131,6 @@ def table(found: list[dict[str, Any]]) -> str:
         pairs = (f"{run['read_rate_before'] / 1e9:.1f}, {run['read_rate_after'] / 1e9:.1f}" for run in row["runs"])
         lines.append((*cells, "; ".join(pairs) + " GB/s"))
     return "\n".join(aligned(lines)) + "\n"
-
-
-def count(word: str) -> int:
-    """Return a number of at least 1."""
-    if (number := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from arguments import count
 from running_service import running_service
 
 REQUEST_SECONDS = 300.0
@@ -147,13 +148,6 @@ def table(summary: dict[str, Any]) -> str:
         f"ratio                                {summary['ratio']:10.4f}   ({told})\n"
         f"pairs, rounds                        {summary['pairs']:10d}   {summary['rounds']}\n"
     )
-
-
-def count(word: str) -> int:
-    """Return a number of at least 1."""
-    if (number := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
 
 
 def main() -> None:

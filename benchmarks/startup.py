@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from arguments import count
+
 BODY = {"prompt": "def ", "max_tokens": 8, "temperature": 0, "ignore_eos": True, "stream": True}
 IMPORT_TORCH = (sys.executable, "-c", "import torch")
 SERVE = (str(Path(sys.executable).with_name("ryzanstein")), "serve")
@@ -81,11 +83,11 @@ def _await_first_token(url: str) -> None:
 def measure(sizes: list[int], arguments: list[str], runs: int) -> dict[str, list[float]]:
     """Return the seconds of each run by what was timed."""
     times: dict[str, list[float]] = {}
-    for count in range(-1, runs):
+    for run in range(-1, runs):
         timed = time_import()
         for size in sizes:
             timed |= time_service(f"tp {size}", [*arguments, "--tensor-parallel-size", str(size)])
-        if count >= 0:
+        if run >= 0:
             for name, seconds in timed.items():
                 times.setdefault(name, []).append(seconds)
     return times
@@ -112,13 +114,6 @@ def table(summary: dict[str, dict[str, float]]) -> str:
         seconds = "".join(f"{row[key]:>8.2f}s" for key in ("median_seconds", "min_seconds", "max_seconds"))
         lines.append(f"{name:<20}{seconds}{row['ratio']:>11.2f}x")
     return "\n".join(lines) + "\n"
-
-
-def count(word: str) -> int:
-    """Return a number of at least 1."""
-    if (number := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +12,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
+from tests.http_server import HTTPServer, PostHandler
 from tests.service_process import ROOT
 
 FILES = ROOT / "deploy" / "prometheus"
@@ -115,39 +115,19 @@ class Prometheus(Listener):
         return sum(float(series["value"][1]) for series in self.query(expression))
 
 
-class Webhook:
+class Webhook(HTTPServer):
     """What is told of alerts: `with Webhook() as webhook:` keeps those that come to `webhook.url`."""
 
     def __init__(self) -> None:
         self.alerts: list[dict[str, Any]] = []
         webhook = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                webhook.alerts.extend(body["alerts"])
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
+        class Handler(PostHandler):
+            def take(self, body: bytes) -> int:
+                webhook.alerts.extend(json.loads(body)["alerts"])
+                return 200
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/alerts"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(Handler, "/alerts")
 
     def named(self, alert: str) -> list[dict[str, Any]]:
         """Return what came of an alert."""

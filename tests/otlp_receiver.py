@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.http_server import HTTPServer, PostHandler
 from tests.service_process import wait_until
 
 
@@ -25,7 +25,7 @@ def _value(value: AnyValue) -> Any:
     return [_value(item) for item in found.values] if kind == "array_value" else found
 
 
-class OTLPReceiver:
+class OTLPReceiver(HTTPServer):
     """`with OTLPReceiver() as receiver:` takes OTLP/HTTP at `receiver.url`, and answers with `receiver.status`."""
 
     def __init__(self) -> None:
@@ -38,34 +38,20 @@ class OTLPReceiver:
         self.release.set()
         receiver = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
+        class Handler(PostHandler):
+            def take(self, body: bytes) -> int:
                 receiver.headers = {name.lower(): value for name, value in self.headers.items()}
-                receiver._take(self.rfile.read(int(self.headers["content-length"])))
+                receiver._take(body)
                 receiver.release.wait(60)
-                self.send_response(receiver.status)
-                self.send_header("content-length", "0")
-                self.end_headers()
+                return receiver.status
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1/traces"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+        super().__init__(Handler, "/v1/traces")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__exit__(kind, error, traceback)
 
     def _take(self, body: bytes) -> None:
         self.num_exports += 1

@@ -3,13 +3,12 @@
 python -m server.metrics.dashboard --update deploy/grafana/dashboards/ryzanstein.json
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from server.metrics.generated import write
 from server.metrics.table import METRICS, MODEL_NAME, PREFIX, Group, Kind, Metric, Panel, Show
 
 COLUMNS = 24  # of Grafana's grid
@@ -254,16 +253,7 @@ def _unit(metric: Metric, show: Show) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the dashboard to standard output, or into a file; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m server.metrics.dashboard", description="Write Grafana's dashboard."
-    )
-    parser.add_argument("--update", metavar="FILE", type=Path, help="write it into this file")
-    path = parser.parse_args(arguments).update
-    if path is None:
-        sys.stdout.write(text())
-    else:
-        path.write_text(text(), encoding="utf-8")
-    return 0
+    return write("server.metrics.dashboard", "Write Grafana's dashboard.", text(), arguments)
 
 
 if __name__ == "__main__":

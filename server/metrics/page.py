@@ -1,10 +1,9 @@
 """Writes docs/metrics.md from the table: `python -m server.metrics.page --update docs/metrics.md`."""
 
-import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from server.metrics.generated import write
 from server.metrics.table import (
     METRICS,
     MODEL_NAME,
@@ -117,14 +116,7 @@ def _mark(name: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the page to standard output, or into a file; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m server.metrics.page", description="Write the page of all metrics.")
-    parser.add_argument("--update", metavar="PAGE", type=Path, help="write it into this file")
-    path = parser.parse_args(arguments).update
-    if path is None:
-        sys.stdout.write(page())
-    else:
-        path.write_text(page(), encoding="utf-8")
-    return 0
+    return write("server.metrics.page", "Write the page of all metrics.", page(), arguments)
 
 
 if __name__ == "__main__":
