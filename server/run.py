@@ -86,6 +86,7 @@ async def _serve(
     streams = StreamStore(config.stream_resume_timeout, config.stream_resume_memory, metrics)
     traces = start_traces(config.otlp_traces_endpoint, model=model.name, version=VERSION)
     service = Service(model, queue, metrics, config, streams, traces=traces)
+    metrics.draining.set_function(lambda: float(service.drain.is_draining))
     http = HTTPServer(create_app(service, config, credentials), config, credentials, metrics.slow_clients.inc)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())

@@ -75,6 +75,7 @@ class Metrics:
         self._preemptions = self._counter("ryzanstein_num_preemptions_total")
         self._cache_config = self._values("ryzanstein_cache_config_info")
         self._ready = self._gauge("ryzanstein_engine_ready")
+        self.draining = self._gauge("ryzanstein_draining")
         self._state = self._values("ryzanstein_engine_state")
         self._epoch = self._gauge("ryzanstein_engine_epoch")
         self._engine_info = self._values("ryzanstein_engine_info")

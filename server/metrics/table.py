@@ -473,6 +473,14 @@ METRICS: tuple[Metric, ...] = (
         panel=Panel("Engines that take requests", Show.VALUE),
     ),
     Metric(
+        "ryzanstein_draining",
+        Kind.GAUGE,
+        "servers",
+        "1 while the service ends: what was accepted finishes, and new requests are refused.",
+        Group.ENGINE,
+        panel=Panel("Services that drain", Show.VALUE),
+    ),
+    Metric(
         "ryzanstein_engine_state",
         Kind.GAUGE,
         "engines",

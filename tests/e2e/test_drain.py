@@ -69,6 +69,7 @@ def test_all_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftover
         service.process.terminate()
         wait_until_draining(service)
         assert httpx.get(f"{service.url}/ready").status_code == 503
+        assert service.metric("ryzanstein_draining") == 1
         refused = httpx.post(f"{service.url}/v1/completions", json=BODY)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["code"] == "shutting_down"
