@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/metrics_cost.py --rounds 4 --json cost.json -tp 2
 
-Each round starts two services: one as it is by default, and one with --no-step-timing. They get the same load in turns,
-in pairs, of which each is first in turns too; the other service has nothing to do meanwhile. While the first has load,
-its /metrics is scraped as Prometheus would. A load is so many requests at once, each answered as a whole, and again so
-often. Other programs may hold up one of a pair, so of a round its median pair counts. Two processes of one program can
-differ in speed by how they happen to lie in memory, which pairs do not even out: so the interval is that of the rounds
-(Student's t, of logarithms), whose services are new each time.
+Two services are started: one as it is by default, and one with --no-step-timing. They get the same load in turns, in
+pairs, of which each is first in turns too; the other service has nothing to do meanwhile. While the first has load, its
+/metrics is scraped as Prometheus would. A load is so many requests at once, each answered as a whole, and again so
+often. Other programs may hold up one of a pair, so the median pair counts. Two processes of one program can differ in
+speed by how they happen to lie in memory, which pairs do not even out, and that which was started first can be the
+slower one. So a round does all this twice, with each of the two services started first, and the interval is that of the
+rounds (Student's t, of logarithms).
 
 Rounds that FILE of --json already has count, too. Options that are not known here are the service's, and so is a model;
 without one the embedded model is served, whose short steps make the most of what each costs.
@@ -97,14 +98,20 @@ class Client:
                 raise RuntimeError(f"{response.status}: {answer.decode()}")
 
 
-def run_round(namespace: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Return the tokens a second of each pair of one round."""
-    options = [*arguments, "--tensor-parallel-size", str(namespace.tensor_parallel_size)]
+def run_round(namespace: argparse.Namespace, arguments: list[str]) -> list[dict[str, Any]]:
+    """Return what `run_pairs` does with each of the services started first."""
+    return [run_pairs(namespace, arguments, names) for names in ((WITH, WITHOUT), (WITHOUT, WITH))]
+
+
+def run_pairs(namespace: argparse.Namespace, arguments: list[str], names: tuple[str, str]) -> dict[str, Any]:
+    """Return the tokens a second of each pair, of new services that are started in the order of `names`."""
+    options = {WITH: [*arguments, "--tensor-parallel-size", str(namespace.tensor_parallel_size)]}
+    options[WITHOUT] = [*options[WITH], "--no-step-timing"]
     pairs: list[dict[str, float]] = []
-    with running_service(options) as url, running_service([*options, "--no-step-timing"]) as other_url:
+    with running_service(options[names[0]]) as url, running_service(options[names[1]]) as other_url:
         clients = {
             name: Client(address, namespace.streams, namespace.max_tokens)
-            for name, address in ((WITH, url), (WITHOUT, other_url))
+            for name, address in zip(names, (url, other_url), strict=True)
         }
         for client in clients.values():
             client.run_load(1)
@@ -116,13 +123,18 @@ def run_round(namespace: argparse.Namespace, arguments: list[str]) -> dict[str, 
                     pair[name] = clients[name].run_load(namespace.repeats)
             pairs.append(pair)
     sizes = clients[WITH].scrape_bytes
-    return {"pairs": pairs, "scrapes": len(sizes), "scrape_bytes": max(sizes)}
+    return {"started_first": names[0], "pairs": pairs, "scrapes": len(sizes), "scrape_bytes": max(sizes)}
 
 
-def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def median_log(pairs: list[dict[str, float]]) -> float:
+    """Return the logarithm of the median pair's ratio."""
+    return statistics.median(math.log(pair[WITH] / pair[WITHOUT]) for pair in pairs)
+
+
+def summarise(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Return medians, and the ratio of the throughputs with its interval; that of one round has none."""
-    pairs = [pair for each in rounds for pair in each["pairs"]]
-    logs = [statistics.median(math.log(pair[WITH] / pair[WITHOUT]) for pair in each["pairs"]) for each in rounds]
+    pairs = [pair for each in rounds for order in each for pair in order["pairs"]]
+    logs = [statistics.fmean(median_log(order["pairs"]) for order in each) for each in rounds]
     mean, interval = statistics.fmean(logs), None
     if len(logs) > 1:
         half = T_95[min(len(logs) - 1, len(T_95)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
@@ -155,8 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=count, default=4, help="of new services (4)")
-    parser.add_argument("--pairs", type=count, default=20, help="of loads in a round (20)")
+    parser.add_argument("--rounds", type=count, default=4, help="of new services, twice two (4)")
+    parser.add_argument("--pairs", type=count, default=20, help="of loads of two services (20)")
     parser.add_argument("--streams", type=count, default=8, help="requests at once (8)")
     parser.add_argument("--max-tokens", type=count, default=64, help="of a request (64)")
     parser.add_argument("--repeats", type=count, default=2, help="requests after one another in a load (2)")
@@ -164,7 +176,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", "-tp", type=count, default=2, help="ranks (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     namespace, arguments = parser.parse_known_args()  # what is unknown is the service's: a model, other options
-    rounds: list[dict[str, Any]] = []
+    rounds: list[list[dict[str, Any]]] = []
     if namespace.json is not None and namespace.json.exists():
         rounds = json.loads(namespace.json.read_text())["rounds"]
     try:
