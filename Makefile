@@ -33,10 +33,9 @@ image:
 		--build-arg TORCH="$(TORCH)" --build-arg REVISION="$$(git rev-parse HEAD)" \
 		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" .
 
-# Unit tests keep one core busy each. The others start several processes themselves.
+# Two processes share the files, of which the longest come first by their names.
 test: lint types
-	$(VENV)/bin/python -m pytest -n 2 tests/architecture tests/unit; status=$$?; \
-	$(VENV)/bin/python -m pytest tests/e2e tests/fault tests/integration && exit $$status
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -m 'slow and not container'

@@ -27,13 +27,27 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
+class SharedMemory:
+    """Notes the files of shared memory that are there, so that `check` finds what is new."""
+
+    def __init__(self) -> None:
+        self._before = set(SHARED_MEMORY.iterdir())
+
+    def check(self, seconds: float = 10.0) -> None:
+        """Check that nothing new is left. Other tests' files, of which some are there for seconds, are waited for."""
+        deadline = time.monotonic() + seconds
+        while not (after := set(SHARED_MEMORY.iterdir())) <= self._before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert after <= self._before
+
+
 class Leftovers:
     """Notes what is there before, so that `check` finds what is new. `folder` is for TMPDIR of what is started."""
 
     def __enter__(self) -> Self:
         self._temporary = tempfile.TemporaryDirectory(prefix="rz-", dir="/tmp")  # short: socket paths have a limit
         self.folder = Path(self._temporary.name)
-        self._shared_memory = set(SHARED_MEMORY.iterdir())
+        self._shared_memory = SharedMemory()
         return self
 
     def __exit__(
@@ -50,4 +64,4 @@ class Leftovers:
         """Check that no process lives, no file is left in `folder` and no shared memory is new."""
         assert still_running(list(processes), seconds) == []
         assert list(self.folder.iterdir()) == []
-        assert set(SHARED_MEMORY.iterdir()) <= self._shared_memory
+        self._shared_memory.check()

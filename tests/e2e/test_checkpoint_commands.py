@@ -28,8 +28,6 @@ from tests.hub import Hub, Repository, files_of
 from tests.service_process import ServiceProcess, wait_until
 from tests.terminal import Terminal
 
-pytestmark = pytest.mark.slow  # in all it takes most of a minute
-
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = [sys.executable, "-P", "-m", "server", "checkpoint"]
 ONLY_ROOT_OF_ITS_OWN = ["unshare", "--map-root-user", "--mount"]

@@ -22,8 +22,6 @@ from engine.protocol.config import EMBEDDED_MODEL
 from tests.leftovers import Leftovers
 from tests.service_process import ServiceProcess, wait_until
 
-pytestmark = pytest.mark.slow  # in all it takes most of a minute
-
 ROOT = Path(__file__).parents[2]
 RYZANSTEIN = [sys.executable, "-P", "-m", "server"]
 

@@ -14,8 +14,6 @@ from server.model_source.config import ModelSourceConfig
 from server.model_source.hub import download
 from tests.hub import Hub, Repository, files_of
 
-pytestmark = pytest.mark.slow  # in all it takes most of a minute
-
 RYZANSTEIN = [sys.executable, "-P", "-m", "server"]
 
 

@@ -14,7 +14,7 @@ from engine.protocol.config import EngineConfig
 from engine.protocol.messages import GroupState, GroupStatus, Recovery, Request, SamplingParams
 from tests.checkpoints import random_llama
 from tests.engine_process import EngineFailedError, EngineProcess
-from tests.leftovers import SHARED_MEMORY
+from tests.leftovers import SharedMemory
 from tests.service_process import wait_until
 
 FAULTS = ("-m", "tests.fault.orchestrator")
@@ -96,7 +96,7 @@ def check_that_nothing_is_left(engine: EngineProcess, lost: GroupStatus) -> None
 
 
 def test_a_killed_rank_is_followed_by_the_next_group(checkpoint: Path) -> None:
-    shared_memory = set(SHARED_MEMORY.iterdir())
+    shared_memory = SharedMemory()
     with EngineProcess(config(checkpoint)) as engine:
         expected = engine.generate([Request("a", [5, 6, 7], FEW)])
         epoch = engine.status.epoch
@@ -111,7 +111,7 @@ def test_a_killed_rank_is_followed_by_the_next_group(checkpoint: Path) -> None:
                 assert recovery.in_step in ([["long"], []] if is_busy else [[]])
         assert engine.status.epoch == epoch + 4
         assert engine.generate([Request("a", [5, 6, 7], FEW)]) == expected
-        assert set(SHARED_MEMORY.iterdir()) <= shared_memory
+        shared_memory.check()
 
 
 def test_a_rank_stuck_in_a_step_is_hung_and_the_steps_requests_are_named(

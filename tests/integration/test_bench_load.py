@@ -19,8 +19,6 @@ from engine.checkpoint.convert import shard
 from engine.protocol.commands import ShardCommand
 from tests.leftovers import Leftovers, still_running
 
-pytestmark = pytest.mark.slow  # in all it takes most of a minute
-
 COMMAND = (str(Path(sys.executable).parent / "ryzanstein"), "bench", "load")
 SHAPE = {
     "hidden_size": 128,

@@ -15,8 +15,6 @@ from server.doctor import verify
 from server.early_engine import ORCHESTRATOR
 from tests.checkpoints import random_llama
 
-pytestmark = pytest.mark.slow  # in all it takes most of a minute
-
 OK, WARNING, FAILURE, SKIPPED = CheckStatus.OK, CheckStatus.WARNING, CheckStatus.FAILURE, CheckStatus.SKIPPED
 
 

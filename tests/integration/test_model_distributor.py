@@ -32,8 +32,6 @@ from tests.leftovers import Leftovers
 from tests.service_process import ROOT
 from tests.sharded_checkpoints import CPU, place, shard, write
 
-pytestmark = pytest.mark.slow  # in all it takes most of a minute
-
 CONFIG = model_config(vocab_size=101, hidden_size=24, intermediate_size=37, num_hidden_layers=2, qkv_bias=True)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 QKV_PROJ = "model.layers.0.self_attn.qkv_proj.weight"

@@ -11,13 +11,14 @@ import pytest
 from engine.communication import segment
 from engine.communication.segment import SegmentError
 from tests.disks import mounted_disk
+from tests.leftovers import SharedMemory
 
 
 def test_a_segment_has_no_name_and_is_for_this_user_alone() -> None:
-    before = set(segment.SHARED_MEMORY.iterdir())
+    before = SharedMemory()
     descriptor = segment.create(1 << 16)
     state = os.fstat(descriptor)
-    assert set(segment.SHARED_MEMORY.iterdir()) == before
+    before.check()
     assert (state.st_nlink, state.st_mode & 0o777) == (0, 0o600)
     assert state.st_blocks * 512 >= 1 << 16
     os.close(descriptor)
