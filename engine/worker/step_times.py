@@ -140,12 +140,13 @@ class RankSkew:
 
     def add(self, rank: int, compute_seconds: list[float]) -> None:
         """Take a rank's next steps."""
-        self._seconds[rank] += compute_seconds
+        if len(self._seconds) > 1:  # one rank alone is never compared
+            self._seconds[rank] += compute_seconds
 
     def take(self) -> HistogramDelta | None:
         """Return the skew, over `STEP_BUCKETS`, of steps that all ranks have told of by now; None if there is none."""
         count = min(map(len, self._seconds))
-        if count == 0 or len(self._seconds) == 1:
+        if count == 0:
             return None
         seconds = np.array([of_rank[:count] for of_rank in self._seconds])
         self._seconds = [of_rank[count:] for of_rank in self._seconds]

@@ -1,5 +1,6 @@
 """What the time of steps goes to, on rank 0 and on the others, and how far the ranks are apart."""
 
+import pickle
 import time
 from array import array
 
@@ -159,7 +160,9 @@ def test_skew_is_the_slowest_ranks_computing_less_the_fastests() -> None:
     assert skew.take() is None
 
 
-def test_one_rank_has_no_skew() -> None:
+def test_one_rank_has_no_skew_and_its_steps_are_not_kept() -> None:
     skew = RankSkew(1)
+    fresh = pickle.dumps(skew)
     skew.add(0, [1.0, 2.0])
+    assert pickle.dumps(skew) == fresh
     assert skew.take() is None
