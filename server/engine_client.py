@@ -163,6 +163,8 @@ class EngineClient:
             self._outgoing.set()  # it held up others
         self._suspects.clear(flight)
         self.on_left(flight.request_id)
+        if not self._flights:  # nor did one come from the queue: the next token is not what the recovery held up
+            self._resumed_at = None
 
     def _end_with_error(self, flight: Flight, message: str) -> None:
         self._metrics.finished.labels(FinishReason.ERROR.value).inc()

@@ -272,6 +272,21 @@ def test_times_of_a_recovery_are_shown_by_phase(tmp_path: Path) -> None:
     with_service(tmp_path, story)
 
 
+def test_idle_time_is_no_part_of_a_recovery(tmp_path: Path) -> None:
+    async def story(service: Service) -> None:
+        service.client.submit([request("a")], 0.0)
+        service.lose_group("a")
+        service.start_group(Recovery("rank 1 was killed", 0.0))
+        service.client.abort(["a"])
+        inbox = service.client.submit([request("b")], 0.0)
+        (name,) = await service.sent_ids()
+        await service.say(TokenOutput(name, [1]))
+        await take(inbox)
+        assert service.metric("recovery_seconds_count", phase="first_token") == 0
+
+    with_service(tmp_path, story)
+
+
 # --- taken out of the engine -----------------------------------------------------------------------------------------
 
 
