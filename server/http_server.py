@@ -36,6 +36,7 @@ class HTTPServer(uvicorn.Server):
                 root_path=config.root_path,
                 ssl_context_factory=None if tls is None else lambda _, __: tls,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                reset_contextvars=True,  # else a pipelined request begins in the context of the one before it
             )
         )
         self._stopping = asyncio.Event()

@@ -50,6 +50,14 @@ def ask(service: ServiceProcess, path: str, headers: dict[str, str], **body: Any
     return httpx.post(f"{service.url}/v1/{path}", json=body, headers=headers, timeout=REQUEST_SECONDS)
 
 
+def written(method: str, path: str, headers: dict[str, str]) -> bytes:
+    """Return a request as it is on the wire."""
+    body = json.dumps({"prompt": "x", "max_tokens": 2, "ignore_eos": True}) if method == "POST" else ""
+    fields = {"host": "here", "content-type": "application/json", "content-length": str(len(body)), **headers}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "", body]).encode()
+
+
 def assert_parts_follow(spans: dict[str, Span], *names: str) -> None:
     """Check that the named parts lie in their request, and begin where the one before ends."""
     request = spans["request"]
@@ -145,6 +153,29 @@ def test_a_request_without_a_trace_begins_one_which_its_log_names(
     records = [json.loads(line) for line in service.stderr.splitlines()]
     (trace_id,) = [record["trace_id"] for record in records if record.get("request_id") == "mine-8"]
     assert receiver.trace(trace_id)["request"].parent_span_id == b""
+
+
+def test_pipelined_requests_are_no_part_of_the_trace_before_them(
+    service: ServiceProcess, receiver: OTLPReceiver
+) -> None:
+    (trace_id, headers), (_, unsampled), (last_id, last) = new_trace(), new_trace(sampled=False), new_trace()
+    pipeline = [
+        written("POST", "/v1/completions", {**headers, "x-request-id": "piped-1"}),
+        written("POST", "/v1/completions", {**unsampled, "x-request-id": "piped-2"}),
+        written("GET", "/v1/models", {"x-request-id": "piped-3"}),
+        written("POST", "/v1/completions", {**last, "connection": "close"}),
+    ]
+    with socket.create_connection(("127.0.0.1", httpx.URL(service.url).port or 80), REQUEST_SECONDS) as connection:
+        connection.sendall(b"".join(pipeline))
+        assert b"".join(iter(lambda: connection.recv(65536), b"")).count(b"HTTP/1.1 200") == len(pipeline)
+    receiver.trace(last_id)
+    names = [span.name for span in receiver.spans if span.trace_id.hex() == trace_id]
+    assert sorted(names) == ["decode", "prefill", "queue", "text_completion ryzanstein-embedded"]
+    wait_until(lambda: "piped-3" in service.stderr, 60)
+    records = [json.loads(line) for line in service.stderr.splitlines()]
+    traced = {record["request_id"]: record.get("trace_id") for record in records if "request_id" in record}
+    assert traced["piped-1"] == trace_id
+    assert traced["piped-3"] is None
 
 
 def test_headers_that_are_no_trace_are_not_repeated_in_the_log(service: ServiceProcess) -> None:
