@@ -1,5 +1,7 @@
 """What every Prometheus client tells of its process, here that of the server: the ranks tell of themselves."""
 
+import contextlib
+import errno
 import os
 import resource
 import time
@@ -15,10 +17,23 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 def watch_process(add: Callable[[str], Family[Value]]) -> None:
     """Have the metrics that `add` makes, by name, show this process."""
     add("process_cpu_seconds_total").labels().set_function(time.process_time)
-    add("process_resident_memory_bytes").labels().set_function(_resident_bytes)
-    add("process_open_fds").labels().set_function(_num_open_files)
+    add("process_resident_memory_bytes").labels().set_function(_or_last(_resident_bytes))
+    add("process_open_fds").labels().set_function(_or_last(_num_open_files))
     add("process_max_fds").labels().set_function(_most_open_files)
     add("process_start_time_seconds").labels().set(_start_time())
+
+
+def _or_last(read: Callable[[], float]) -> Callable[[], float]:
+    """Return what reads as `read` does, and while no file can be opened, repeats what was read last."""
+    last = read()
+
+    def read_or_repeat() -> float:
+        nonlocal last
+        with contextlib.suppress(OSError):
+            last = read()
+        return last
+
+    return read_or_repeat
 
 
 def _resident_bytes() -> float:
@@ -26,7 +41,12 @@ def _resident_bytes() -> float:
 
 
 def _num_open_files() -> float:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names alone, without an object for each
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # names alone, without an object for each
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        return _most_open_files()
 
 
 def _most_open_files() -> float:
