@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from server.metrics.table import BY_NAME, MODEL_NAME, Label, Metric
+from server.middleware.auth import OPEN_FOLDER, OPEN_PATHS
+from server.middleware.overload import GENERATION_PATHS
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -18,6 +20,7 @@ PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 OF_PROMETHEUS = {"job", "instance", "le"}  # labels that it adds, and that of buckets
 JOB = "ryzanstein"
+REFUSED = "model_name:ryzanstein_requests_rejected:ratio5m"
 
 RULES: list[dict[str, Any]] = [
     rule
@@ -127,6 +130,13 @@ def test_a_rule_asks_for_series_that_are_served(rule: dict[str, Any]) -> None:
                 assert is_value(labels[name], value), (series, name, value)
             else:
                 assert name in labels
+
+
+def test_the_share_that_is_refused_is_of_what_needs_a_key() -> None:
+    ((_, selector),) = [each for each in selected(RECORDED[REFUSED]["expr"]) if "http_responses" in each[0]]
+    (left_out,) = re.findall(r'^route!~"([^"]*)"$', selector)
+    assert all(re.fullmatch(left_out, path) for path in (*OPEN_PATHS, f"{OPEN_FOLDER}{{path}}"))
+    assert not any(re.fullmatch(left_out, path) for path in (*GENERATION_PATHS, "/tokenize", "/v1/models", "unknown"))
 
 
 def is_value(label: Label, value: str) -> bool:
