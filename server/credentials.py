@@ -4,7 +4,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.api_keys import APIKey, parse_key, parse_keys
+from server.api_keys import ANONYMOUS, APIKey, parse_key, parse_keys
 from server.config import ServerConfig
 
 
@@ -14,6 +14,11 @@ class Credentials:
 
     keys: tuple[APIKey, ...] = ()  # none: nobody is asked for one
     tls: ssl.SSLContext | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which requests may come: those of the keys, or the one of everybody."""
+        return tuple(key.name for key in self.keys) or (ANONYMOUS,)
 
     @classmethod
     def load(cls, config: ServerConfig) -> "Credentials":

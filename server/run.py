@@ -68,9 +68,9 @@ async def _serve(
     context = zmq.asyncio.Context()
     engine = process.spec.engine
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    metrics = Metrics(model.name, engine, dtype, vllm_names=config.vllm_metric_names)
+    metrics = Metrics(model.name, engine, dtype, keys=credentials.names, vllm_names=config.vllm_metric_names)
     client = EngineClient(context, metrics)
-    queue = AdmissionQueue(client, metrics, config, engine.max_num_seqs, max(1, len(credentials.keys)))
+    queue = AdmissionQueue(client, metrics, config, engine.max_num_seqs, len(credentials.names))
     ready = asyncio.Event()
     loading = LoadingProgress(sys.stderr, has_bar=not config.log.is_json)
     url = listening_url(listener, "http" if credentials.tls is None else "https")

@@ -4,9 +4,10 @@ Latencies are measured where a token reaches this process; statistics of the eng
 here, so that the counters outlive a rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 
 from engine.protocol.config import EngineConfig
 from engine.protocol.messages import GroupState, GroupStatus, RankStats, SchedulerStats, StatsReport
@@ -28,6 +29,7 @@ class Metrics:
         model_name: the model's name in the API.
         engine: its options, which are shown.
         dtype: type of weights and arithmetic.
+        keys: names of the API keys that there are.
         vllm_names: whether they are served under vLLM's names, too.
     """
 
@@ -37,6 +39,7 @@ class Metrics:
         engine: EngineConfig | None = None,
         dtype: str = "float32",
         *,
+        keys: Iterable[str] = (),
         vllm_names: bool = False,
     ) -> None:
         self._families: dict[str, Family[Series]] = {}  # by name
@@ -60,6 +63,8 @@ class Metrics:
         self.key_requests = self._values("ryzanstein_key_requests_total")
         self.key_prompt_tokens = self._values("ryzanstein_key_prompt_tokens_total")
         self.key_generation_tokens = self._values("ryzanstein_key_generation_tokens_total")
+        for name, family in product(keys, (self.key_requests, self.key_prompt_tokens, self.key_generation_tokens)):
+            family.labels(name)
         self._running = self._gauge("ryzanstein_num_requests_running")
         self._gauge("ryzanstein_num_requests_waiting").set_function(lambda: self._num_waiting + self.num_unsent())
         self.queued_requests = self._gauge("ryzanstein_queued_requests")

@@ -48,6 +48,7 @@ RECOVERY_PHASES = ("kill", "respawn", "load", FIRST_TOKEN)
 
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 OTHER_METHOD, UNKNOWN_ROUTE = "other", "unknown"
+USUAL_CODES = ("200", "400", "429", "500", "503", "504")  # of what generates: their first burst is to be seen, too
 
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
@@ -178,7 +179,7 @@ _COLLECTIVE = (
     _RANK,
     Label("backend", "what carries it", some=BACKENDS),
 )
-_KEY = Label("key", "the API key's name")
+_KEY = Label("key", "the API key's name; anonymous: no key is asked for")
 
 METRICS: tuple[Metric, ...] = (
     # --- latency -----------------------------------------------------------------------------------------------------
@@ -693,7 +694,9 @@ METRICS: tuple[Metric, ...] = (
         labels=(
             Label("route", "the path's template; unknown: a path that is none of the API's"),
             Label("method", "the request's method; other: one that no route has", some=METHODS),
-            Label("code", "the status code"),
+            Label(
+                "code", "the status code; those of POST to what generates are there from the start", some=USUAL_CODES
+            ),
         ),
         panel=Panel("Responses", Show.RATE, by=("route", "code")),
     ),

@@ -1,12 +1,14 @@
 """How many requests there are, and how they were answered; refusals by other middleware count, too."""
 
 from collections.abc import Iterable
+from itertools import product
 
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics.metrics import Metrics
-from server.metrics.table import METHODS, OTHER_METHOD, UNKNOWN_ROUTE
+from server.metrics.table import METHODS, OTHER_METHOD, UNKNOWN_ROUTE, USUAL_CODES
+from server.middleware.overload import GENERATION_PATHS
 
 CLIENT_WENT_AWAY = 499  # before a response began
 
@@ -21,6 +23,8 @@ class HTTPMetrics:
         self._app = app
         self._routes = _Routes(routes)
         self._responses, self._in_progress = metrics.http_responses, metrics.http_in_progress
+        for path, code in product(GENERATION_PATHS, USUAL_CODES):
+            self._responses.labels(path, "POST", code)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""

@@ -275,7 +275,7 @@ class RunningServer:
         self.loop = asyncio.get_running_loop()
         context = zmq.asyncio.Context()
         name = self._config.model_name(str(self._model))
-        metrics = Metrics(name, vllm_names=self._config.vllm_metric_names)
+        metrics = Metrics(name, keys=self._credentials.names, vllm_names=self._config.vllm_metric_names)
         self.client = EngineClient(context, metrics)
         self.queue = AdmissionQueue(self.client, metrics, self._config, self._max_num_seqs)
         files = ModelFiles.read(str(self._model))

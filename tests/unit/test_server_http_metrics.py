@@ -10,6 +10,7 @@ import pytest
 
 from tests.metric_samples import sample_lines
 from tests.unit.server_support import (
+    CHAT,
     COMPLETIONS,
     RunningServer,
     post,
@@ -34,6 +35,11 @@ def server(model: Path) -> Iterator[RunningServer]:
 
 
 def responses(server: RunningServer) -> dict[tuple[str, str, str], float]:
+    """Return the responses so far by route, method and code, where there were any."""
+    return {labels: count for labels, count in series(server).items() if count}
+
+
+def series(server: RunningServer) -> dict[tuple[str, str, str], float]:
     """Return the responses so far by route, method and code."""
     name = "ryzanstein_http_responses_total"
     lines = [line for line in sample_lines(httpx.get(f"{server.url}/metrics", headers=HEADERS).text) if name in line]
@@ -48,6 +54,12 @@ def responses(server: RunningServer) -> dict[tuple[str, str, str], float]:
 def in_progress(server: RunningServer) -> float:
     lines = sample_lines(httpx.get(f"{server.url}/metrics").text)
     return next(float(line.split()[1]) for line in lines if line.startswith("ryzanstein_http_requests_in_progress "))
+
+
+def test_answers_to_what_generates_are_counted_from_zero(server: RunningServer) -> None:
+    """For `increase()` a series that begins with a burst has none."""
+    codes = ("200", "400", "429", "500", "503", "504")
+    assert series(server) == {(path, "POST", code): 0 for path in (COMPLETIONS, CHAT) for code in codes}
 
 
 def test_responses_are_counted_by_route_method_and_code(server: RunningServer) -> None:

@@ -115,10 +115,17 @@ def test_metrics_and_log_know_a_key_by_its_name_alone(locked: RunningServer, ser
         complete(locked, "sk-rated")
     complete(locked, "sk-free")
     server_log.wait_for(" 429 ")
-    assert samples(locked, "key_requests_total") == {'key="free"': 1, 'key="rated"': 2}
-    assert samples(locked, "key_generation_tokens_total") == {'key="free"': 2, 'key="rated"': 4}
+    assert samples(locked, "key_requests_total") == {'key="free"': 1, 'key="rated"': 2, 'key="one"': 0}
+    assert samples(locked, "key_generation_tokens_total") == {'key="free"': 2, 'key="rated"': 4, 'key="one"': 0}
     written = repr(server_log.lines) + httpx.get(f"{locked.url}/metrics").text
     assert "sk-" not in written
+
+
+def test_keys_are_counted_from_zero(locked: RunningServer, idle_server: RunningServer) -> None:
+    """For `increase()` a series that begins with a burst has none."""
+    for name in ("requests", "prompt_tokens", "generation_tokens"):
+        assert samples(locked, f"key_{name}_total") == {f'key="{key["name"]}"': 0 for key in KEYS}
+        assert samples(idle_server, f"key_{name}_total") == {'key="anonymous"': 0}
 
 
 def test_the_schema_says_that_there_are_limits(locked: RunningServer, idle_server: RunningServer) -> None:
