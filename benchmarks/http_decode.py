@@ -59,9 +59,15 @@ async def run_batch(url: str, prompts: list[list[int]], max_tokens: int) -> list
 
 
 def step_seconds(streams: list[list[float]]) -> float:
-    """Return the seconds a token of each stream, while all of them ran."""
+    """Return the seconds a token of each stream, while all of them ran.
+
+    Raises:
+        RuntimeError: if that was no time: one ended before another began, or has one token alone.
+    """
     begin, end = max(times[0] for times in streams), min(times[-1] for times in streams)
     counts = [sum(begin < moment <= end for moment in times) for times in streams]
+    if not any(counts):
+        raise RuntimeError("--max-tokens: too few for all streams to run at once")
     return (end - begin) / statistics.fmean(counts)
 
 

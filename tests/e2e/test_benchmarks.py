@@ -14,7 +14,7 @@ from engine.protocol.config import EMBEDDED_MODEL
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 200.0  # in which a script ends, on a busy machine too
-SHORT = ("--batch", "2", "--context", "32", "--max-tokens", "8", "--runs", "1")
+SHORT = ("--batch", "2", "--context", "32", "--max-tokens", "64", "--runs", "1")
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -38,6 +38,12 @@ def test_steps_over_http_are_told_beside_what_the_machine_allows(tmp_path: Path)
     heading, row = done.stdout.splitlines()
     assert heading.startswith("batch  tokens/s ")
     assert re.match(r"2 +[\d.]+ \([\d.]+ to [\d.]+\) +[\d.]+% ", row)
+
+
+def test_streams_that_do_not_run_at_once_are_no_measurement() -> None:
+    done = run("http_decode.py", EMBEDDED_MODEL, "--context", "32", "--max-tokens", "1", "--runs", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "http_decode.py: error: --max-tokens: too few for all streams to run at once\n"
 
 
 def test_the_cost_of_metrics_is_a_ratio_of_throughputs_with_its_interval_over_rounds(tmp_path: Path) -> None:
