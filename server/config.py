@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from engine.protocol.config import EMBEDDED_MODEL, option
+from engine.protocol.config import EMBEDDED_MODEL, check_utf8, option
 from engine.protocol.logs import LOG_FORMATS, LOG_LEVELS, LogConfig
 from server.limits import MAX_TIMEOUT, QueueLimits, RequestLimits
 from server.model_source.config import ModelSourceConfig, is_hub_name
@@ -87,6 +87,7 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
             raise ValueError(f"--port must be between 0 and 65535, not {self.port}")
         if self.served_model_name == "":
             raise ValueError("--served-model-name must not be empty")
+        check_utf8("--served-model-name", self.served_model_name or "")
         if not _ROOT_PATH.fullmatch(self.root_path):
             raise ValueError(f"--root-path must be like /llm or /a/b, not {self.root_path!r}")
         if not 1 <= self.max_body_size < 2**40:
@@ -148,7 +149,11 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
         return LogConfig(self.log_level, self.log_format)
 
     def model_name(self, model: str) -> str:
-        """Return the name under which the API offers `model`, which is a directory or a name on the hub."""
+        """Return the name under which the API offers `model`, which is a directory or a name on the hub.
+
+        Raises:
+            ValueError: if the directory has a name that the API cannot write.
+        """
         if self.served_model_name is not None:
             return self.served_model_name
         if is_hub_name(model) and not Path(model).is_dir():
@@ -156,4 +161,6 @@ class ServerConfig(RequestLimits, QueueLimits, ModelSourceConfig):
         if Path(model).resolve() == EMBEDDED_MODEL.resolve():
             return EMBEDDED_MODEL_NAME
         # As it is written: a link is often the name, and what it leads to a hash.
-        return Path(os.path.normpath(Path(model).absolute())).name
+        name = Path(os.path.normpath(Path(model).absolute())).name
+        check_utf8("the name of the directory --model", name)
+        return name

@@ -53,6 +53,14 @@ def check_options(config: Any) -> None:
             raise ValueError(f"--{name} must be between 1 and {_largest(unit)}, not {value}")
 
 
+def check_utf8(what: str, text: str) -> None:
+    """Raise ValueError if `text`, which is `what`, has bytes that no message to another process can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} must be UTF-8 text, not {text!r}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that all ranks must agree on.
@@ -115,6 +123,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_utf8("--model", self.model)
         if not SHORTEST_RANK_TIMEOUT <= self.rank_timeout <= LONGEST_RANK_TIMEOUT:
             raise ValueError(
                 f"--rank-timeout must be between {SHORTEST_RANK_TIMEOUT} and {LONGEST_RANK_TIMEOUT} seconds, "

@@ -94,6 +94,9 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
         (["--kv-cache-memory", "1G", "--num-kv-blocks", "4"], {}, "", ["--num-kv-blocks", "--kv-cache-memory"]),
         ([], {"RYZANSTEIN_ACCESS_LOG": "maybe"}, "", ["--access-log", "true or false"]),
         (["--served-model-name", ""], {}, "", ["--served-model-name"]),
+        (["--served-model-name", "a\udcff"], {}, "", ["--served-model-name", "UTF-8", r"'a\udcff'", "command line"]),
+        (["/models/a\udcff/b"], {}, "", ["--model", "UTF-8", r"'/models/a\udcff/b'", "command line"]),
+        ([], {"RYZANSTEIN_MODEL": "/a\udcff"}, "", ["--model", "UTF-8", "RYZANSTEIN_MODEL"]),
         (["--log-level", "loud"], {}, "", ["--log-level", "warning"]),
         ([], {}, "model: 7", ["--model", "text", "options.yaml"]),
         ([], {}, "prot: 7", ["prot", "options.yaml"]),
@@ -187,6 +190,13 @@ def test_a_model_is_named_after_its_directory_unless_told_otherwise() -> None:
     assert ServerConfig().model_name("/models/llama/") == "llama"
     assert ServerConfig().model_name(str(EMBEDDED_MODEL)) == "ryzanstein-embedded"
     assert ServerConfig(served_model_name="mine").model_name("/models/llama") == "mine"
+
+
+def test_a_directory_without_a_name_in_utf8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "a\udcff")
+    with pytest.raises(ValueError, match=r"^the name of the directory --model must be UTF-8 text, not 'a\\udcff'$"):
+        ServerConfig().model_name(".")
 
 
 def test_a_model_behind_a_link_has_the_links_name(tmp_path: Path) -> None:
