@@ -211,7 +211,7 @@ def _expression(metric: Metric, panel: Panel) -> str:
         case Show.MEAN:
             return f"{_rate(f'{name}_sum', by)} / {_rate(f'{name}_count', by)}"
         case Show.TIME_SHARE:
-            return _rate(_part(metric, "_sum"), by)
+            return _over("avg", by, _rate(f"{name}_sum", ("instance", *by)))
         case Show.TABLE:
             return _selected(name)
         case _:

@@ -103,7 +103,7 @@ class Show(StrEnum):
     INCREASE = "increase"  # a counter's increase over the range shown: of what is seldom
     QUANTILES = "quantiles"  # of a histogram: 0.5, 0.95 and 0.99
     MEAN = "mean"  # of a histogram: the rate of its sum by that of its count
-    TIME_SHARE = "time share"  # of a histogram or counter of seconds: the rate of its sum, 1 is all the time
+    TIME_SHARE = "time share"  # of a histogram of seconds: the rate of its sum, 1 is all the time of an instance
     TABLE = "table"  # the labels of information
     QUOTIENT = "quotient"  # a counter's rate by the rate of the counter `Panel.over`, or a gauge by the gauge
 
@@ -116,7 +116,8 @@ class Panel:
         title: of the panel; lines of one group with the same title share it.
         show: what is drawn.
         by: labels that tell the lines apart; over all others is aggregated.
-        aggregate: PromQL's operator for that (sum, max, min, avg); rates are always summed up.
+        aggregate: PromQL's operator for that (sum, max, min, avg); rates are always summed up, and shares of the time
+            those of instances averaged.
         over: QUOTIENT: the name of what is divided by.
     """
 
@@ -611,7 +612,7 @@ METRICS: tuple[Metric, ...] = (
         Group.RANKS,
         labels=_COLLECTIVE,
         buckets=TIME_BUCKETS,
-        panel=Panel("… of that, waiting for slower ranks", Show.TIME_SHARE, by=("operation", "rank")),
+        panel=Panel("Share of the time waiting for slower ranks", Show.TIME_SHARE, by=("operation", "rank")),
     ),
     Metric(
         "ryzanstein_collective_bytes_total",
@@ -640,7 +641,7 @@ METRICS: tuple[Metric, ...] = (
         "Memory of one rank, by kind.",
         Group.RANKS,
         labels=(_RANK, Label("kind", "what lies there", some=MEMORY_KINDS)),
-        panel=Panel("Memory, by rank and kind", Show.VALUE, by=("rank", "kind")),
+        panel=Panel("Memory, by rank and kind", Show.VALUE, by=("rank", "kind"), aggregate="avg"),
     ),
     Metric(
         "ryzanstein_rank_weights_resident_ratio",

@@ -111,7 +111,7 @@ EXAMPLES = {
     Show.RATE: (Kind.COUNTER, "sum by (rank) (rate(SERIES{}[I]))"),
     Show.INCREASE: (Kind.COUNTER, "sum by (rank) (increase(SERIES{}[R]))"),
     Show.MEAN: (Kind.HISTOGRAM, "sum by (rank) (rate(SERIES_sum{}[I])) / sum by (rank) (rate(SERIES_count{}[I]))"),
-    Show.TIME_SHARE: (Kind.HISTOGRAM, "sum by (rank) (rate(SERIES_sum{}[I]))"),
+    Show.TIME_SHARE: (Kind.HISTOGRAM, "avg by (rank) (sum by (instance, rank) (rate(SERIES_sum{}[I])))"),
     Show.TABLE: (Kind.INFO, "SERIES{}"),
 }
 
@@ -131,6 +131,15 @@ def asked(kind: Kind, panel: Panel) -> list[str]:
 def test_what_is_shown_decides_what_is_asked(show: Show) -> None:
     kind, expected = EXAMPLES[show]
     assert asked(kind, Panel("title", show, by=("rank",), aggregate="max")) == [expected]
+
+
+def test_what_has_a_whole_in_each_instance_is_not_summed_over_instances() -> None:
+    """Two replicas would have twice the time, and a rank 0 of theirs twice the memory."""
+    shares = [panel for panel in PANELS if "Share of the time" in panel["title"] or "the time goes" in panel["title"]]
+    memory = [panel for panel in PANELS if panel["title"] == "Memory, by rank and kind"]
+    assert (len(shares), len(memory)) == (3, 1)
+    for panel in shares + memory:
+        assert [target["expr"].startswith("avg by (") for target in panel["targets"]] == [True]
 
 
 def test_quantiles_are_those_of_all_buckets() -> None:
