@@ -250,7 +250,7 @@ class AdmissionQueue:
         """Give the engine what is next, as long as there is room."""
         while self._num_in_engine < self._num_places and (admission := self._queue.next()) is not None:
             try:
-                self.engine.submit(admission.waiting[0], admission.arrival, admission.inbox)
+                self.engine.submit(admission.waiting[0], admission.arrival, admission.inbox, admission.begun)
             except APIError as error:  # it takes none any more
                 self._end(admission, error)
             else:

@@ -92,21 +92,25 @@ class EngineClient:
 
     # --- sequences ---------------------------------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[Request], arrival: float, inbox: Inbox | None = None) -> Inbox:
+    def submit(
+        self, requests: Sequence[Request], arrival: float, inbox: Inbox | None = None, begun: float | None = None
+    ) -> Inbox:
         """Send `requests` to the engine with the next message; their outputs come to the inbox returned.
 
         Args:
             requests: of one API request; also such as `withdraw` returned.
             arrival: when that came, by `time.perf_counter`; latencies are measured from then.
             inbox: where they arrive; a new one when left out.
+            begun: when they began to wait for the engine, by the same clock; now when left out.
 
         Raises:
             APIError: when the engine takes no requests.
         """
         self.require_ready()
         inbox = inbox or Inbox()
+        begun = time.perf_counter() if begun is None else begun
         for request in requests:
-            flight = Flight(request, inbox, arrival)
+            flight = Flight(request, inbox, arrival, begun)
             self._flights[request.request_id] = self._waiting[request.request_id] = flight
         self._outgoing.set()
         return inbox
@@ -353,6 +357,7 @@ class EngineClient:
         if output.queue_seconds is not None:
             metrics.queue_time.observe(output.queue_seconds)
             flight.first_step = flight.sent + output.queue_seconds
+            metrics.wait_time.observe(flight.first_step - flight.begun)
         if output.token_ids:
             metrics.generation_tokens.inc(len(output.token_ids))
             if flight.last_token is not None:

@@ -39,6 +39,7 @@ class Flight:
     request: Request  # as it was submitted
     inbox: Inbox
     arrival: float  # of the API request, by `time.perf_counter`
+    begun: float  # to wait, in the server's queue or here, by the same clock
     wire_id: str = ""  # nothing while it waits to be sent
     token_ids: list[int] = field(init=False)  # received
     num_prompt_logprobs: int = field(init=False)  # received

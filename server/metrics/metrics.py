@@ -52,6 +52,7 @@ class Metrics:
         self.e2e_latency = self._histogram("ryzanstein_e2e_request_latency_seconds")
         self.admission_time = self._histogram("ryzanstein_request_admission_time_seconds")
         self.queue_time = self._histogram("ryzanstein_request_queue_time_seconds")
+        self.wait_time = self._histogram("ryzanstein_request_wait_time_seconds")
         self.prefill_time = self._histogram("ryzanstein_request_prefill_time_seconds")
         self.decode_time = self._histogram("ryzanstein_request_decode_time_seconds")
         self.time_per_output_token = self._histogram("ryzanstein_request_time_per_output_token_seconds")

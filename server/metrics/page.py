@@ -31,8 +31,8 @@ VLLM_HEAD = f"""## Under vLLM's names
 
 With `--vllm-metric-names` the following are served, too, with the same labels and `engine="0"`. Those marked * are
 what the endpoint picker of Kubernetes' gateway API inference extension reads of a model server by default. Requests
-that wait are those in the server's queue and those in the engine's together: here most wait in the server, and a picker
-should see them. `promtool check metrics` objects to the colons.
+that wait, and the time that they do, are of the server's queue and the engine's together: vLLM has one, in its engine,
+and here most wait in the server, which a picker should see. `promtool check metrics` objects to the colons.
 
 | {VLLM_PREFIX.removesuffix(":")}'s name | Ours |
 |---|---|

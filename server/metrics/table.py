@@ -231,6 +231,14 @@ METRICS: tuple[Metric, ...] = (
         Group.LATENCY,
         buckets=QUEUE_BUCKETS,
         panel=Panel("Wait in the engine's queue", Show.QUANTILES),
+    ),
+    Metric(
+        "ryzanstein_request_wait_time_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "From a prompt's arrival in the server's queue to a sequence's first step: its wait in both queues.",
+        Group.LATENCY,
+        buckets=QUEUE_BUCKETS,
         vllm=("vllm:request_queue_time_seconds",),
     ),
     Metric(

@@ -37,7 +37,7 @@ class Engine:
         if self.closed_because:
             raise not_ready(self.closed_because)
 
-    def submit(self, requests: Sequence[Request], _: float, inbox: Inbox) -> None:
+    def submit(self, requests: Sequence[Request], _: float, inbox: Inbox, __: float) -> None:
         self.require_ready()
         for request in requests:
             assert request.request_id not in self.flights

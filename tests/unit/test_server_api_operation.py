@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -232,6 +233,24 @@ def test_short_waits_in_the_queue_are_told_apart(server: RunningServer) -> None:
     post(server, COMPLETIONS, {"prompt": [5]})  # waits 1 ms
     assert metric(server, 'request_queue_time_seconds_bucket{le="0.0005"}') == 0
     assert metric(server, 'request_queue_time_seconds_bucket{le="0.001"}') == 1
+
+
+def test_to_readers_of_vllms_names_the_queue_is_the_servers_and_the_engines_together(tmp_path: Path) -> None:
+    """As in vLLM, whose queue is one: all of the time before the first step."""
+    with running_server(write_model(tmp_path), max_num_seqs=1, vllm_metric_names=True) as server:
+        server.engine.is_paused = True
+        with ThreadPoolExecutor(4) as pool:  # two in the engine, which tells of 1 ms for each, and two that wait here
+            answers = [pool.submit(post, server, COMPLETIONS, {"prompt": [5]}) for _ in range(4)]
+            assert wait_until(lambda: metric(server, "queued_requests") == 2)
+            server.engine.is_paused = False
+            assert all(answer.result().is_success for answer in answers)
+        page = httpx.get(f"{server.url}/metrics").text
+        samples = [each for family in text_string_to_metric_families(page) for each in family.samples]
+        sums = {each.name: each.value for each in samples if each.name.endswith("_time_seconds_sum")}
+        queued, admitted = (sums[f"ryzanstein_request_{name}_time_seconds_sum"] for name in ("queue", "admission"))
+        waited = sums["vllm:request_queue_time_seconds_sum"]
+    assert queued == pytest.approx(0.004)
+    assert waited >= admitted + queued > queued
 
 
 def test_whole_latencies_are_those_of_sequences_that_came_to_their_end(server: RunningServer) -> None:

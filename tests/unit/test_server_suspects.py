@@ -7,7 +7,7 @@ from server.suspects import MANY_LOSSES, Suspects
 
 @pytest.fixture
 def flights() -> list[Flight]:
-    return [Flight(Request(name, [1], SamplingParams(max_tokens=2)), Inbox(), 0.0) for name in "abcd"]
+    return [Flight(Request(name, [1], SamplingParams(max_tokens=2)), Inbox(), 0.0, 0.0) for name in "abcd"]
 
 
 def test_a_first_loss_makes_nobody_suspect(flights: list[Flight]) -> None:
