@@ -152,8 +152,7 @@ class Metrics:
             self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)
             self._describe(status)
         else:
-            self._running.set(0)
-            self._num_waiting = 0
+            self._forget_group()
             self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)  # what used them is gone
 
     def _describe(self, status: GroupStatus) -> None:
@@ -165,6 +164,13 @@ class Metrics:
         for family, labels in ((self._engine_info, info), (self._cache_config, cache)):
             family.clear()
             family.labels(*labels).set(1)
+
+    def _forget_group(self) -> None:
+        """Show nothing any more of the present of ranks that are gone; what counts up stays."""
+        self._running.set(0)
+        self._num_waiting = 0
+        for family in (self._rank_memory, self._weights_resident, self._bus_bandwidth):
+            family.clear()
 
     def add_report(self, report: StatsReport) -> None:
         """Add the engine's statistics."""

@@ -637,7 +637,8 @@ METRICS: tuple[Metric, ...] = (
         Kind.GAUGE,
         "bytes_per_second",
         "Bus bandwidth of collective operations, by nccl-tests' definition, in the last second or so in which there "
-        "were any. Waiting for slower ranks is not part of the time where it is known.",
+        "were any; known while the engine is ready. Waiting for slower ranks is not part of the time where that is "
+        "known.",
         Group.RANKS,
         labels=_COLLECTIVE,
         panel=Panel("Bus bandwidth", Show.VALUE, by=("operation", "rank"), aggregate="avg"),
@@ -646,7 +647,7 @@ METRICS: tuple[Metric, ...] = (
         "ryzanstein_rank_memory_bytes",
         Kind.GAUGE,
         "bytes",
-        "Memory of one rank, by kind.",
+        "Memory of one rank, by kind; known while the engine is ready.",
         Group.RANKS,
         labels=(_RANK, Label("kind", "what lies there", some=MEMORY_KINDS)),
         panel=Panel("Memory, by rank and kind", Show.VALUE, by=("rank", "kind"), aggregate="avg"),
@@ -655,7 +656,8 @@ METRICS: tuple[Metric, ...] = (
         "ryzanstein_rank_weights_resident_ratio",
         Kind.GAUGE,
         "ratio",
-        "Of a rank's weights that are mapped files, the share that is in memory now; 1 where none are mapped.",
+        "Of a rank's weights that are mapped files, the share that is in memory now; 1 where none are mapped. Known "
+        "while the engine is ready.",
         Group.RANKS,
         labels=(_RANK,),
         panel=Panel("Mapped weights in memory", Show.VALUE, by=("rank",), aggregate="min"),

@@ -72,6 +72,22 @@ def test_the_bandwidth_of_the_last_report_with_a_transfer_stays() -> None:
     assert line.endswith(" 1000.0")
 
 
+@pytest.mark.parametrize("state", [GroupState.RECOVERING, GroupState.FAILED])
+def test_of_ranks_that_are_gone_only_what_they_have_done_is_shown(state: GroupState) -> None:
+    present = ("rank_memory_bytes", "rank_weights_resident_ratio", "collective_bus_bandwidth_bytes_per_second")
+    metrics = Metrics()
+    metrics.set_status(ready(1, "cpu", 64, "avx2"))
+    stats = report(1.0, None, 1000)
+    stats.ranks[0].memory["resident"] = 5
+    metrics.add_report(stats)
+    assert [len(lines_of(metrics, name)) for name in present] == [1, 1, 1]
+    metrics.set_status(GroupStatus(2, state))
+    assert [len(lines_of(metrics, name)) for name in present] == [0, 0, 0]
+    assert len(lines_of(metrics, "collective_bytes_total")) == 1
+    metrics.add_report(stats)
+    assert [len(lines_of(metrics, name)) for name in present] == [1, 1, 1]
+
+
 def test_no_blocks_are_used_while_there_is_no_group() -> None:
     metrics = Metrics()
     metrics.set_status(ready(1, "cpu", 64, "avx2"))
