@@ -148,12 +148,11 @@ class Metrics:
             self._state.labels(state.value).set(float(state is status.state))
         if status.state is not GroupState.FAILED:
             self._weights_loaded.set(_loaded_ratio(status))
+        self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)  # what used them, if anything did, is gone
         if ready:
-            self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)
             self._describe(status)
         else:
             self._forget_group()
-            self._set_blocks(status.num_kv_blocks, status.num_kv_blocks)  # what used them is gone
 
     def _describe(self, status: GroupStatus) -> None:
         """Show what the group that is ready is, instead of the one before it."""

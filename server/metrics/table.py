@@ -478,7 +478,7 @@ METRICS: tuple[Metric, ...] = (
         "ryzanstein_engine_ready",
         Kind.GAUGE,
         "engines",
-        "1 while the engine takes requests.",
+        "1 while the engine takes requests; also while the service drains and takes none from clients.",
         Group.ENGINE,
         panel=Panel("Engines that take requests", Show.VALUE),
     ),
