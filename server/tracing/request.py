@@ -23,7 +23,10 @@ class Generating(Protocol):
 
 
 class RequestTrace:
-    """One request's span, and its children: `queue`, `prefill`, `decode`, `recovery`. Times are Unix nanoseconds."""
+    """One request's span, and its children: `queue`, `prefill`, `decode`, `recovery`. Times are Unix nanoseconds.
+
+    Nothing is recorded any more once the span has ended: a stream may go on without its client.
+    """
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
@@ -38,15 +41,20 @@ class RequestTrace:
 
     def set(self, attributes: Mapping[str, AttributeValue]) -> None:
         """Add attributes to the request's span."""
-        self._span.set_attributes(attributes)
+        if self._span.is_recording():
+            self._span.set_attributes(attributes)
 
     def add_child(self, name: str, begin: int, end: int, attributes: Mapping[str, AttributeValue]) -> None:
         """Record a part of the request."""
+        if not self._span.is_recording():
+            return
         child = self._tracer.start_span(name, self._context, attributes=attributes, start_time=begin)
         child.end(max(begin, end))
 
     def fail(self, error: APIError) -> None:
         """Record what ends the request."""
+        if not self._span.is_recording():
+            return
         self._has_failed = True
         self._span.set_attribute("error.type", error.code or error.type)
         if error.status >= SERVER_ERROR:

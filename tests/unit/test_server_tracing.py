@@ -5,10 +5,15 @@ import subprocess
 import sys
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.config import ServerConfig
+from server.errors import APIError
 from server.tracing import extra
 from server.tracing.export import SeldomFilter
+from server.tracing.request import RequestTrace, now
 from tests.service_process import ROOT
 
 
@@ -40,6 +45,24 @@ def test_what_is_no_http_url_is_refused(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://a", "https://a.b:4318/v1/traces", "http://[::1]:4318/v1/traces?x=y"])
 def test_an_http_url_is_taken(url: str) -> None:
     assert ServerConfig(otlp_traces_endpoint=url).otlp_traces_endpoint == url
+
+
+def test_a_request_whose_span_has_ended_adds_nothing_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    """A stream goes on without its client, who may come back; what becomes of it belongs to no span of theirs."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    trace = RequestTrace(tracer, tracer.start_span("request"))
+    trace.add_child("queue", now(), now(), {})
+    trace.end(200, is_complete=False)
+    trace.fail(APIError("too late", status=504))
+    trace.set({"late": True})
+    trace.add_child("decode", now(), now(), {})
+    queue, request = exporter.get_finished_spans()
+    assert (queue.name, request.name) == ("queue", "request")
+    assert dict(request.attributes or {}) == {"http.response.status_code": 200}
+    assert request.status.is_unset
+    assert not caplog.records
 
 
 def test_a_filter_lets_one_record_pass_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
