@@ -1,5 +1,7 @@
 """A span for each request that generates, as part of the trace that the client says it belongs to."""
 
+from collections.abc import Iterator
+
 from opentelemetry.trace import Span, SpanKind, Tracer, format_trace_id
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,11 +52,10 @@ class Tracing:
             trace.end(status, is_complete=is_complete)
 
     def _start(self, scope: Scope, operation: str) -> Span:
-        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in TRACE_HEADERS}
         path = scope["path"].removeprefix(scope["root_path"])
         return self._tracer.start_span(
             f"{operation} {self._model}",
-            self._propagator.extract(headers),
+            self._propagator.extract(dict(_trace_headers(scope))),
             SpanKind.SERVER,
             {
                 "http.request.method": scope["method"],
@@ -66,3 +67,10 @@ class Tracing:
                 "gen_ai.request.model": self._model,
             },
         )
+
+
+def _trace_headers(scope: Scope) -> Iterator[tuple[str, str]]:
+    """Return each header's values as one, by commas, as HTTP has it (RFC 9110, section 5.3)."""
+    for wanted in TRACE_HEADERS:
+        if values := [value for name, value in scope["headers"] if name == wanted]:
+            yield wanted.decode(), b",".join(values).decode("latin-1")

@@ -190,6 +190,18 @@ def test_headers_that_are_no_trace_are_not_repeated_in_the_log(service: ServiceP
     assert "xxx" not in service.stderr
 
 
+def test_headers_that_come_in_several_fields_are_one(service: ServiceProcess, receiver: OTLPReceiver) -> None:
+    """As HTTP has it: the states are a list, and what is two parents is none."""
+    (trace_id, headers), (twice, again) = new_trace(), new_trace()
+    states = [("traceparent", headers["traceparent"]), ("tracestate", "a=1"), ("tracestate", "b=2,c=3")]
+    parents = [("traceparent", again["traceparent"])] * 2
+    url, body = f"{service.url}/v1/completions", {"prompt": "x", "max_tokens": 1}
+    for fields in (parents, states):
+        assert httpx.post(url, json=body, headers=fields, timeout=REQUEST_SECONDS).status_code == 200
+    assert receiver.trace(trace_id)["request"].trace_state == "a=1,b=2,c=3"
+    assert not [span for span in receiver.spans if span.trace_id.hex() == twice]
+
+
 def test_paths_that_generate_nothing_have_no_spans(service: ServiceProcess, receiver: OTLPReceiver) -> None:
     other, headers = new_trace()
     assert httpx.get(f"{service.url}/v1/models", headers=headers).status_code == 200
