@@ -21,7 +21,8 @@ FROM_TO = {
 ONE = {"path": Place("PATH", EITHER_FORM)}
 WRITING_NOTE = """\
 DST appears when it is whole: a run that fails or is interrupted leaves nothing.
-Exit code: 0; 2 for a mistake of yours, or a checkpoint that cannot be read; 130 when interrupted.
+Exit code: 0; 1 for what another try may cure, such as a hub or a disk that fails; 2 for a mistake of yours, a full
+disk, or a checkpoint that cannot be read; 130 when interrupted.
 """
 HUB_NOTE = """\
 SRC may also be a name on the hub, such as org/name, for which the hub's own variables hold (HF_TOKEN, HF_HOME,

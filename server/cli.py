@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.protocol.config import EngineConfig
+from engine.protocol.errors import is_mistake
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.open_files import check_open_files, raise_open_files_limit
 from server.bench_commands import add_bench_commands
@@ -41,7 +42,7 @@ from server.options import (
 from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 from server.tracing.extra import require_extra
 
-EXIT_STOPPED, EXIT_USER_ERROR = 0, 2
+EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: a doctor that was stopped has not said that all is well
 EXIT_UNREAD = 141  # as shells have it for SIGPIPE: what reads the doctor's words wanted no more of them
 OPTIONS_EPILOG = """\
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None, engine: EarlyEngine | None = No
         return code
     except ValueError as error:
         tell(logging.ERROR, str(error))
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if is_mistake(error) else EXIT_FAILED
     except StopRequested:
         return EXIT_STOPPED
     finally:

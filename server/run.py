@@ -26,7 +26,7 @@ from server.launch import EngineProcess
 from server.loading_progress import LoadingProgress
 from server.logs import tell
 from server.metrics.metrics import Metrics
-from server.model_source.sharded_weights import ShardedWeights
+from server.model_source.sharded_weights import Explanation, ShardedWeights
 from server.routes.health import VERSION
 from server.service import Service, TextModel
 from server.signals import are_stop_signals_ignored, on_stop_signal
@@ -107,9 +107,10 @@ async def _serve(
         await traces.close()
         context.destroy(linger=0)
     if failure is not None:
-        error = failure.error if ready.is_set() else weights.explain(failure.error)
-        tell(logging.ERROR, error)
-        return EXIT_USER_ERROR if failure.is_user_error and not ready.is_set() else EXIT_FAILED
+        why = Explanation(failure.error) if ready.is_set() else weights.explain(failure.error)
+        tell(logging.ERROR, why.error)
+        is_mistake = failure.is_user_error and not ready.is_set() and not why.is_cured
+        return EXIT_USER_ERROR if is_mistake else EXIT_FAILED
     if not stopping.done():
         serving.result()  # the HTTP server ended by itself: raise what ended it
         return EXIT_FAILED

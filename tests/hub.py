@@ -73,6 +73,8 @@ class Hub:
     asked: list[Asked] = field(default_factory=list)
     sent: int = 0  # bytes of large files
     knows_ranges: bool = True
+    refuses_with: HTTPStatus | None = None  # whatever it is asked
+    refusal: str = ""  # the hub's word for why
     listed_sizes: dict[str, int] = field(default_factory=dict)  # lies, by file name
 
     def __enter__(self) -> Self:
@@ -150,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(
             Asked(self.command, path, self.headers["Host"].partition(":")[0], token, self.headers.get("Range"))
         )
-        if path.startswith("/large/"):
+        if self.hub.refuses_with is not None:
+            self._refuse(self.hub.refuses_with, self.hub.refusal)
+        elif path.startswith("/large/"):
             self._send_large(path.removeprefix("/large/"))
         elif path.startswith("/api/models/"):
             self._send_listing(path.removeprefix("/api/models/"), token)

@@ -16,6 +16,7 @@ import msgspec
 from engine.checkpoint.group_store import GroupStore, StoreLostError
 from engine.communication.handler import CommunicationHandler
 from engine.communication.peers import Peers, identity
+from engine.protocol.errors import is_mistake
 
 PROCESSES = "ryzanstein/processes"  # keys that stay: of a rank that died between two agreements, too, it is known
 CHECK_INTERVAL = 0.1  # seconds between two looks at the store while loading
@@ -297,7 +298,7 @@ def _outcome(error: BaseException | None) -> _Outcome:
     if error is None:
         return _Outcome()
     is_own = not isinstance(error, PeerFailedError)
-    if isinstance(error, ValueError):
+    if is_mistake(error):
         return _Outcome(_one_line(error), is_user_error=True)
     return _Outcome(_one_line(error) if not is_own else f"{type(error).__name__}: {_one_line(error)}", is_own=is_own)
 

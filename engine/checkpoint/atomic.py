@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from engine.checkpoint.file_lock import FileLock
+from engine.protocol.errors import file_error
 
 HOLDER_LOCK = "lock"
 _HOLDER = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")
@@ -151,9 +152,9 @@ def remove_leftovers(parent: Path) -> None:
                 _remove_if_left(path)
 
 
-def unwritable(path: Path, error: OSError) -> ValueError:
+def unwritable(path: str | Path, error: OSError) -> ValueError:
     """Return the error of a path that cannot be written."""
-    return ValueError(f"{path}: cannot be written: {error.strerror or error}")
+    return file_error(f"{path}: cannot be written: {error.strerror or error}", error)
 
 
 class _Holder:

@@ -84,7 +84,7 @@ def _parents(destination: Path) -> Iterator[None]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise ValueError(f"{error.filename or destination}: cannot be written: {error.strerror}") from error
+        raise unwritable(error.filename or destination, error) from error
     finally:
         for path in missing:
             with contextlib.suppress(OSError):  # where `destination` is in it, it is not empty

@@ -7,12 +7,13 @@ import msgspec
 
 from engine.command.output import complain
 from engine.command.stop_request import EXIT_INTERRUPTED, Stopped, StopRequest
+from engine.protocol.errors import is_mistake
 
-EXIT_USER_ERROR, EXIT_UNREAD = 2, 141
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_UNREAD = 1, 2, 141
 
 
 def run_command(arguments: Sequence[str], commands: Mapping[str, type], run: Callable[[Any, StopRequest], int]) -> int:
-    """Run one command and return the exit code: its own, or 2, 130 or 141 where it does not come to its end.
+    """Run one command and return the exit code: its own, or 1, 2, 130 or 141 where it does not come to its end.
 
     SIGINT and SIGTERM are answered from here on: with an end at once, until `run` lets the request unwind.
 
@@ -28,7 +29,7 @@ def run_command(arguments: Sequence[str], commands: Mapping[str, type], run: Cal
         return run(msgspec.json.decode(content, type=commands[name]), stop)
     except ValueError as error:
         complain(error)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if is_mistake(error) else EXIT_FAILED
     except Stopped:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.protocol.errors import file_error
+
 CONFIG_FILE = "config.json"
 METADATA_FILE = "metadata.json"
 STEP_DIRECTORY = re.compile(r"model-step-(\d+)")
@@ -31,7 +33,7 @@ def looked_into(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"model: {error.filename or path} cannot be looked into: {error.strerror}") from error
+        raise file_error(f"model: {error.filename or path} cannot be looked into: {error.strerror}", error) from error
 
 
 def is_directory(path: str | Path) -> bool:
@@ -118,7 +120,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise file_error(f"{path}: cannot be read as JSON: {error}", error) from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object")

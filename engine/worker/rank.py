@@ -23,6 +23,7 @@ from engine.parallel.base import use_kernels
 from engine.protocol.beats import RankBeats
 from engine.protocol.channel import Channel
 from engine.protocol.config import RankSpec, config_hash
+from engine.protocol.errors import is_mistake
 from engine.protocol.logs import write_json
 from engine.protocol.messages import Failed, Hello, RankReport, Ready, RequestBatch, ScheduledStep, Start, Started
 from engine.protocol.model_config import ModelConfig
@@ -84,8 +85,8 @@ def run_rank(spec: RankSpec) -> int:
         control.send(Started(epoch=spec.epoch, rank=rank))
         loop.run()
     except Exception as error:
-        # While loading, a ValueError is what a user did; anything else is our own fault and shows its traceback.
-        is_user_error = isinstance(error, ValueError) and not is_set_up
+        # Before the loop, a mistake is what a user did; anything else is our own fault and shows its traceback.
+        is_user_error = is_mistake(error) and not is_set_up
         if not is_user_error:
             logger.exception("cannot go on")
         text = str(error) if is_user_error else f"{type(error).__name__}: {error}"

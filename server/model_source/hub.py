@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from engine.protocol.errors import TransientError
 from server.environment import inherited_environment
 from server.logs import is_json
 from server.model_source.config import ModelSourceConfig
@@ -45,7 +46,8 @@ def download(model: str, config: ModelSourceConfig, check: Callable[[Path], obje
         check: gets the directory as soon as all but the weights is in it; what it raises ends the download.
 
     Raises:
-        ValueError: in one line, what is missing: the model, the revision, a token, the hub, or room.
+        ValueError: in one line, what is missing: the model, the revision, a token, or room.
+        TransientError: in one line, why the hub or the disk does not give it now.
     """
     progress = DownloadProgress(model)
     with contextlib.closing(progress), _events(HubTask.DOWNLOAD, model, config) as events:
@@ -58,7 +60,7 @@ def download(model: str, config: ModelSourceConfig, check: Callable[[Path], obje
                 logger.warning("%s", event.text)
             else:
                 return _directory(event)
-    raise ValueError(f"model: {model}: the download ended without a word")
+    raise TransientError(f"model: {model}: the download ended without a word")
 
 
 def find(model: str, config: ModelSourceConfig) -> Path:
@@ -76,7 +78,8 @@ def describe(model: str, config: ModelSourceConfig) -> HubDescribed:
     """Ask the hub what would be downloaded.
 
     Raises:
-        ValueError: in one line, what is missing: the model, the revision, a token or the hub.
+        ValueError: in one line, what is missing: the model, the revision, a token or the hub; TransientError where it
+            may be there soon.
     """
     with _events(HubTask.DESCRIBE, model, config) as events:
         last = [*events][-1]
@@ -88,9 +91,15 @@ def describe(model: str, config: ModelSourceConfig) -> HubDescribed:
 
 def _directory(event: HubEvent) -> Path:
     if isinstance(event, HubFailed):
-        raise (NotDownloadedError if event.is_absent else ValueError)(event.error)
+        raise _kind_of(event)(event.error)
     assert isinstance(event, HubDone)
     return Path(event.directory)
+
+
+def _kind_of(failed: HubFailed) -> type[ValueError]:
+    if failed.is_absent:
+        return NotDownloadedError
+    return TransientError if failed.is_transient else ValueError
 
 
 @contextlib.contextmanager

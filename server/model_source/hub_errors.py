@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from engine.protocol.errors import is_passing
 from server.model_source.hub_messages import HubRequest
 
 TOKEN_SOURCES = "--hf-token, HF_TOKEN or the hub's own login"
@@ -36,6 +37,13 @@ def is_unreachable(error: Exception) -> bool:
     if isinstance(error, LocalEntryNotFoundError):  # the library's word for it
         return True
     return type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether another try may go well: not after a refusal, nor where the disk takes nothing."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return is_passing(error)
+    return is_unreachable(error) or not isinstance(error, HfHubHTTPError | ValueError)
 
 
 def _describe_refusal(error: Exception, request: HubRequest) -> str | None:

@@ -64,6 +64,7 @@ class HubFailed(msgspec.Struct, frozen=True, tag="failed"):
 
     error: str
     is_absent: bool = False
+    is_transient: bool = False  # another try may go well
 
 
 HubEvent = HubTexts | HubProgress | HubDone | HubDescribed | HubWarning | HubFailed

@@ -24,7 +24,7 @@ from huggingface_hub.file_download import repo_folder_name
 from engine.protocol.logs import write_json
 from engine.protocol.units import format_bytes
 from server.model_source.fetch import RemoteFile, Snapshot, fetch
-from server.model_source.hub_errors import describe, is_unreachable
+from server.model_source.hub_errors import describe, is_transient, is_unreachable
 from server.model_source.hub_messages import (
     HubDescribed,
     HubDone,
@@ -156,7 +156,7 @@ class _Hub:
         reason = describe(error, self._request, str(self.folder))
         if self._request.task is HubTask.DESCRIBE or self._here() is None:
             besides = ", and the model was not downloaded before" if is_unreachable(error) else ""
-            return HubFailed(reason + besides)
+            return HubFailed(reason + besides, is_transient=is_transient(error))
         self._emit(HubWarning(f"{reason}: {self._request.model} is served as it was downloaded before"))
         return self._find()
 
@@ -262,9 +262,9 @@ def _last_event(request: HubRequest, emit: Emit) -> HubEvent:
     except ValueError as error:
         return HubFailed(str(error))
     except _FetchError as error:
-        return HubFailed(describe(error.cause, request, str(_cache(request))))
+        return HubFailed(describe(error.cause, request, str(_cache(request))), is_transient=is_transient(error.cause))
     except Exception as error:
-        return HubFailed(describe(error, request, str(_cache(request))))
+        return HubFailed(describe(error, request, str(_cache(request))), is_transient=is_transient(error))
 
 
 def _end_with_standard_input() -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.protocol.commands import ShardCommand
 from engine.protocol.config import EngineConfig
@@ -79,6 +80,13 @@ def find_entry(directory: Path, engine: EngineConfig, model: ModelConfig, config
     return Entry(ShardCache(root.absolute(), config.shard_cache_size), key, name)
 
 
+class Explanation(NamedTuple):
+    """Why ranks could not start."""
+
+    error: str
+    is_cured: bool = False  # another start does not come upon it
+
+
 class ShardedWeights:
     """Of one service. `directory` is the entry that the ranks map, or None: they read the model's own files.
 
@@ -123,15 +131,16 @@ class ShardedWeights:
             self._thread = threading.Thread(target=self._tidy_and_write, args=(self._entry,), daemon=True)
             self._thread.start()
 
-    def explain(self, error: str) -> str:
-        """Return an error of the ranks; an entry that they could not read is removed, and that is said."""
+    def explain(self, error: str) -> Explanation:
+        """Say more of an error of the ranks, if an entry that they could not read explains it; the entry is removed."""
         if self._entry is None or self.directory is None or str(self.directory) not in error:
-            return error
+            return Explanation(error)
         try:
             self._entry.cache.remove(self._entry.name)
         except OSError as problem:
-            return f"{error}; it is of the shard cache, where it cannot be removed from here: {problem.strerror}"
-        return f"{error}; it was of the shard cache, and is removed: start again"
+            where = f"of the shard cache, where it cannot be removed from here: {problem.strerror}"
+            return Explanation(f"{error}; it is {where}")
+        return Explanation(f"{error}; it was of the shard cache, and is removed: start again", is_cured=True)
 
     def close(self) -> None:
         """Stop writing, and leave the entry to others."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import psutil
@@ -187,6 +188,16 @@ def test_an_output_that_is_closed_is_one_and_closed_errors_are_none(sharded: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("answer", "code"), [(HTTPStatus.SERVICE_UNAVAILABLE, 1), (HTTPStatus.NOT_FOUND, 2)])
+def test_a_hub_out_of_order_is_no_mistake_and_a_name_that_it_does_not_know_is(
+    answer: HTTPStatus, code: int, tmp_path: Path
+) -> None:
+    with Hub({}, refuses_with=answer, refusal="RepoNotFound" if code == 2 else "") as hub:
+        variables = [f"{name}={value}" for name, value in hub.environment(tmp_path / "hub").items()]
+        done = checkpoint("shard", "org/name", tmp_path / "out", "-tp", "2", before=("env", *variables))
+    assert done.returncode == code, done.stderr
+
+
 def test_an_output_that_takes_no_more_is_one(sharded: Path) -> None:
     command = [*CHECKPOINT, "inspect", str(sharded)]
     with Path("/dev/full").open("wb") as full:

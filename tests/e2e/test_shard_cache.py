@@ -57,7 +57,7 @@ def test_later_starts_map_what_the_first_wrote_and_say_the_same(model: Path, tmp
     failed = subprocess.run(
         [*command, "--shard-cache-dir", str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
     )
-    assert failed.returncode == 2
+    assert failed.returncode == 1  # a supervisor may start it again
     assert "weights_rank0.safetensors" in failed.stderr
     assert "it was of the shard cache, and is removed: start again" in failed.stderr
     assert entries(tmp_path) == []

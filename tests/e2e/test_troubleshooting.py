@@ -71,7 +71,8 @@ for name, arguments, environment in json.load(sys.stdin):
             code = end.code
         os._exit(code)
     _, status = os.wait()
-    assert os.waitstatus_to_exitcode(status) == 2, name
+    expected = 1 if name == "The hub cannot be reached" else 2  # it may be there soon
+    assert os.waitstatus_to_exitcode(status) == expected, name
 """
 
 

@@ -202,7 +202,7 @@ def test_there_is_nothing_to_do_when_switched_off_for_small_models_and_for_split
     nothing = ShardedWeights(None)
     nothing.start_writing()
     assert nothing.directory is None
-    assert nothing.explain("an error") == "an error"
+    assert nothing.explain("an error").error == "an error"
     nothing.close()
 
 
@@ -211,10 +211,11 @@ def test_an_entry_that_cannot_be_read_is_removed(model: Path, config: ModelSourc
     write(entry)
     weights = ShardedWeights(entry)
     file = f"{entry.directory}/weights_rank1.safetensors"
-    assert weights.explain("something else") == "something else"
+    assert weights.explain("something else") == ("something else", False)
     assert is_kept(entry)
     explained = weights.explain(f"rank 1: {file}: is truncated")
-    assert explained == f"rank 1: {file}: is truncated; it was of the shard cache, and is removed: start again"
+    assert explained.error == f"rank 1: {file}: is truncated; it was of the shard cache, and is removed: start again"
+    assert explained.is_cured
     assert not is_kept(entry)
     weights.close()
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.atomic import NewDirectory, remove_directory, remove_leftovers
+from engine.checkpoint.atomic import NewDirectory, remove_directory, remove_leftovers, unwritable
+from engine.protocol.errors import TransientError, is_mistake
 from tests.disks import mounted_disk
 
 WRITE_AND_WAIT = """
@@ -211,6 +212,13 @@ def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
         remove_leftovers(tmp_path)
         (holder,) = tmp_path.iterdir()
         assert (holder / "it/part").read_text() == "half"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_may_do_better_at_another_try(number: int, tmp_path: Path) -> None:
+    error = unwritable(tmp_path, OSError(number, os.strerror(number)))
+    assert isinstance(error, TransientError)
+    assert is_mistake(unwritable(tmp_path, OSError(errno.ENOSPC, "full")))
 
 
 def test_a_holder_whose_writer_came_no_further_than_making_it_is_removed(tmp_path: Path) -> None:

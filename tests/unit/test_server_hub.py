@@ -7,12 +7,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 
 import psutil
 import pytest
 
 from engine.protocol.config import EMBEDDED_MODEL
+from engine.protocol.errors import TransientError, is_mistake
 from server.model_source import hub as hub_module
 from server.model_source.config import ModelSourceConfig
 from server.model_source.fetch import PART_SUFFIX
@@ -167,7 +169,7 @@ def test_without_the_hub_what_was_downloaded_is_served_with_a_warning(
 
 def test_without_the_hub_and_a_download_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"the hub, http://127.0.0.1:9, cannot be reached \(.*not downloaded before$"):
+    with pytest.raises(TransientError, match=r"hub, http://127.0.0.1:9, cannot be reached \(.*not downloaded before$"):
         download("org/model", ModelSourceConfig(), nothing)
 
 
@@ -203,6 +205,14 @@ def test_what_cannot_be_downloaded_is_one_line(
         download(model, ModelSourceConfig(**options), nothing)  # type: ignore[arg-type]
     assert error.format(url=hub.url) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert is_mistake(raised.value)
+
+
+@pytest.mark.parametrize("status", [HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE])
+def test_a_hub_that_is_out_of_order_may_be_in_order_soon(status: HTTPStatus, hub: Hub) -> None:
+    hub.refuses_with = status
+    with pytest.raises(TransientError, match=r"the hub, .* cannot be reached \("):
+        download("org/model", ModelSourceConfig(), nothing)
 
 
 @pytest.mark.parametrize("model", ["org/gated", "org/private"])
@@ -286,7 +296,7 @@ def test_what_a_crash_left_damaged_is_not_taken_for_the_file(hub: Hub, cache: Pa
     (part,) = parts(cache)
     with part.open("r+b") as damaged:
         damaged.write(bytes(1000))
-    with pytest.raises(ValueError, match=r"model.safetensors: what came is not what the hub announced; start again"):
+    with pytest.raises(TransientError, match=r"model.safetensors: what came is not what the hub announced; start"):
         download("org/big", ModelSourceConfig(), nothing)
     directory = download("org/big", ModelSourceConfig(), nothing)
     assert (directory / "model.safetensors").read_bytes() == BIG
