@@ -22,7 +22,7 @@ ENV PIP_CONFIG_FILE=/run/secrets/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACH
 RUN python3 -m venv --without-pip /opt/venv
 
 # Layers that change when torch or pyproject.toml does, seldom.
-FROM build AS dependencies
+FROM build AS torch
 ARG TORCH=torch==2.13.0
 # Its tests, headers and test programs are a quarter of its size, and nothing at run time. torch_shm_manager is needed.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
@@ -30,6 +30,20 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     && torch=$(echo /opt/venv/lib/python3*/site-packages/torch) \
     && rm -rf "${torch}/include" "${torch}/test" \
     && find "${torch}/bin" -type f ! -name torch_shm_manager -delete
+
+# Whether it is the torch that the target needs is asked before anything else is installed. What the targets copy from
+# here, the version, is why these stages are built.
+FROM torch AS torch-cuda
+RUN ["/opt/venv/bin/python", "-c", "import pathlib, sys, torch; \
+torch.version.cuda or sys.exit('TORCH: the target cuda needs a build with CUDA'); \
+pathlib.Path('/opt/torch.version').write_text(torch.__version__)"]
+
+FROM torch AS torch-cpu
+RUN ["/opt/venv/bin/python", "-c", "import pathlib, sys, torch; \
+torch.version.cuda and sys.exit('TORCH: the target cpu needs a CPU build'); \
+pathlib.Path('/opt/torch.version').write_text(torch.__version__)"]
+
+FROM torch AS dependencies
 WORKDIR /src
 COPY pyproject.toml ./
 # With a root that cannot be written, nothing can be installed later: what some need and takes little is in.
@@ -83,7 +97,7 @@ LABEL org.opencontainers.image.title="ryzanstein" \
 FROM runtime AS cuda
 # For NVIDIA's container runtime. torch brings CUDA's libraries; the driver is the host's.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-RUN ["python", "-c", "import sys, torch; torch.version.cuda or sys.exit('TORCH: the target cuda needs a build with CUDA')"]
+COPY --from=torch-cuda /opt/torch.version /opt/torch.version
 
 FROM runtime AS cpu
-RUN ["python", "-c", "import sys, torch; torch.version.cuda and sys.exit('TORCH: the target cpu needs a CPU build')"]
+COPY --from=torch-cpu /opt/torch.version /opt/torch.version

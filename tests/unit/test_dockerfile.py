@@ -1,11 +1,13 @@
 """What can be said of the image without building it; tests/container builds it."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent))
@@ -35,3 +37,19 @@ def test_what_is_copied_into_a_build_is_the_package_and_the_health_check_alone()
     copied = [line[1:] for line in ignore if line.startswith("!")]
     assert copied == ["LICENSE", "README.md", "deploy/container/healthcheck.py", "engine", "pyproject.toml", "server"]
     assert [path for path in copied if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_wrong_torch_ends_the_build_before_anything_else_is_installed(target: str) -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    stages = dict(re.findall(r"(?ms)^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", text))
+    assert f"COPY --from=torch-{target} /opt/torch.version" in stages[target]
+    assert f"TORCH: the target {target} needs" in stages[f"torch-{target}"]
+    assert re.search(rf"(?m)^FROM torch AS torch-{target}$", text)
+    assert list(stages).index(f"torch-{target}") < list(stages).index("dependencies")
+
+
+def test_compose_builds_with_the_torch_that_it_is_told() -> None:
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["ryzanstein"]
+    (default,) = re.findall(r"^ARG TORCH=(.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert service["build"]["args"] == {"TORCH": "${TORCH:-" + default + "}"}
