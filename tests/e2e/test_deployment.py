@@ -18,6 +18,7 @@ import trustme
 
 from server.cli import EXIT_USER_ERROR
 from server.config import ServerConfig
+from server.http_server import KEEP_ALIVE_SECONDS
 from tests.service_process import ServiceProcess, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,19 @@ def test_nginx_names_requests_and_keeps_metrics_inside(proxy: httpx.Client, serv
     wait_until(lambda: f"[{name}]" in service.stderr, 30)
     assert proxy.get("/ready").status_code == 200
     assert [proxy.get(path).status_code for path in ("/metrics", "/docs", "/openapi.json", "/")] == [404] * 4
+
+
+def test_nginx_tells_no_address_that_a_client_made_up(proxy: httpx.Client, service: ServiceProcess) -> None:
+    name = proxy.get("/v1/models", headers={"X-Forwarded-For": "203.0.113.9"}).headers["x-request-id"]
+    wait_until(lambda: f"[{name}]" in service.stderr, 30)
+    (line,) = [line for line in service.stderr.splitlines() if f"[{name}]" in line]
+    assert "203.0.113.9" not in line
+
+
+def test_nginx_closes_idle_connections_before_the_service_does() -> None:
+    (upstream,) = re.findall(r"upstream ryzanstein \{(.*?)\}", NGINX.read_text(), re.DOTALL)
+    (seconds,) = re.findall(r"keepalive_timeout (\d+)s;", upstream)
+    assert int(seconds) < KEEP_ALIVE_SECONDS
 
 
 # --- upgrades --------------------------------------------------------------------------------------------------------
