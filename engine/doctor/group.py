@@ -137,7 +137,8 @@ def _kernels(subject: Subject) -> Finding:
     try:
         fastest_library()
     except OSError as error:
-        return warning(f"{found}, slower than C++: {error}", "with a C++ compiler, `make install` compiles the kernels")
+        hint = "with a C++ compiler, `python -m engine.kernels.build` compiles them"
+        return warning(f"{found}, slower than C++: {error}", hint)
     return ok(found)
 
 

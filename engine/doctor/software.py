@@ -131,7 +131,7 @@ def unused_driver(found: str, cuda_build: str | None, reasons: list[str]) -> Fin
     if cuda_build is None:
         return warning(
             f"NVIDIA {found} is there, but this torch was built for CPUs only",
-            "install a CUDA build of torch: `make install TORCH=…` (README, Where torch comes from)",
+            "install a CUDA build of torch: `make clean install TORCH=…` (README, Where torch comes from)",
         )
     return warning(f"NVIDIA {found} is there, but torch finds no device: {'; '.join(reasons) or 'it gives no reason'}")
 

@@ -53,7 +53,7 @@ def test_a_driver_without_a_cuda_build_of_torch_is_warned_of() -> None:
     found = software.unused_driver("driver 550.54.15", None, [])
     assert found.status is WARNING
     assert "this torch was built for CPUs only" in found.detail
-    assert "make install" in found.hint
+    assert "make clean install TORCH=" in found.hint
 
 
 def test_a_driver_that_torch_cannot_use_is_warned_of_in_torchs_words() -> None:
