@@ -43,6 +43,7 @@ ELSEWHERE = {
 NOT_RUN = {
     "sudo install -D": "needs root and systemd; test_deployment.py checks the unit, and runs its command",
     "systemctl status": "needs systemd",
+    ".venv/bin/python -m engine.kernels.build": "test_kernel_build.py compiles; here it would replace what others load",
     "journalctl -k": "needs systemd's journal",
     "sudo install -m 644 deploy/nginx": "needs root; test_deployment.py runs nginx with the file",
     "curl -fsS --retry 100 --retry-delay 1 --retry-all-errors http://127.0.0.1:8001": "run by test_deployment.py",
@@ -101,10 +102,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> dict[str,
 
 
 def options_file(folder: Path) -> Path:
-    """Write the file of options that deployment.md shows, for the model that is here."""
+    """Write the file of options that deployment.md shows, for the model that is here and a machine of any size."""
     (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "deployment.md").read_text(), re.DOTALL)
     path = folder / "options.yaml"
-    path.write_text(re.sub("(?m)^model: .*", f"model: {step_directory(folder / 'steps', 1000)}", text))
+    own = {"model": step_directory(folder / "steps", 1000), "max-model-len": 1024, "kv-cache-memory": "64MiB"}
+    for name, value in own.items():
+        text, count = re.subn(f"(?m)^{name}: .*", f"{name}: {value}", text)
+        assert count == 1, name
+    path.write_text(text)
     return path
 
 
