@@ -5,6 +5,8 @@ import tomllib
 from importlib.metadata import version
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tests.service_process import ROOT
@@ -52,3 +54,19 @@ def test_no_source_file_repeats_the_version() -> None:
 def test_a_heading_that_is_no_version_is_found(changelog: str) -> None:
     with pytest.raises(AssertionError, match="not like"):
         headings(changelog)
+
+
+def test_the_images_of_the_manifests_are_of_the_version() -> None:
+    found = {}
+    for path in (ROOT / "deploy/kubernetes").rglob("kustomization.yaml"):
+        for image in yaml.safe_load(path.read_text()).get("images", ()):
+            found[path.parent.name] = image["newTag"]
+    assert found == {"model": declared_version(), "cpu": declared_version(), "gpu": f"{declared_version()}-cuda"}
+
+
+@pytest.mark.parametrize(("name", "next_version"), [("uvicorn", "0.55.0"), ("huggingface-hub", "3.0.0")])
+def test_what_is_used_beyond_its_documentation_is_not_taken_in_any_version(name: str, next_version: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (wanted,) = [each for each in map(Requirement, project["dependencies"]) if each.name == name]
+    assert version(name) in wanted.specifier
+    assert next_version not in wanted.specifier
