@@ -9,21 +9,23 @@ from server.early_engine import EarlyEngine
 from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 
 EXIT_STOPPED = 0
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
 
 
 def main() -> int:
     """Run the command line and return the exit code; a service's engine starts before the rest is even imported."""
     on_stop_signal(unwind)
+    serves = will_serve(sys.argv[1:])
     raise_open_files_limit()
     with contextlib.ExitStack() as ending:
         ending.callback(ignore_stop_signals)
         try:
-            engine = _start_early(ending) if will_serve(sys.argv[1:]) else None
+            engine = _start_early(ending) if serves else None
             from server import cli  # noqa: PLC0415  (takes long)
 
             return cli.main(engine=engine)
         except StopRequested:
-            return EXIT_STOPPED
+            return EXIT_STOPPED if serves else EXIT_INTERRUPTED
 
 
 def will_serve(arguments: Sequence[str]) -> bool:

@@ -39,11 +39,10 @@ from server.options import (
     options_of,
     unknown_variables,
 )
-from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
+from server.signals import ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 from server.tracing.extra import require_extra
 
-EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
-EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: a doctor that was stopped has not said that all is well
+EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 EXIT_UNREAD = 141  # as shells have it for SIGPIPE: what reads the doctor's words wanted no more of them
 OPTIONS_EPILOG = """\
 Each option can also be set by the environment variable in its brackets, or in the YAML file of --config
@@ -74,7 +73,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None, engine: EarlyEngine | None = None) -> int:
-    """Run the command line, `serve` with an engine that was started already if there is one; return the exit code."""
+    """Run the command line, `serve` with an engine that was started already if there is one; return the exit code.
+
+    Raises:
+        StopRequested: when a stop signal came, and nothing serves yet that it would end in order.
+    """
     on_stop_signal(unwind)  # until the server waits for signals
     try:
         namespace = _parse(arguments)
@@ -85,8 +88,6 @@ def main(arguments: Sequence[str] | None = None, engine: EarlyEngine | None = No
     except ValueError as error:
         tell(logging.ERROR, str(error))
         return EXIT_USER_ERROR if is_mistake(error) else EXIT_FAILED
-    except StopRequested:
-        return EXIT_STOPPED
     finally:
         ignore_stop_signals()
 
@@ -225,8 +226,6 @@ def _doctor(engine: EngineConfig, server: ServerConfig, namespace: argparse.Name
         raise ValueError("standard output is closed")
     try:
         return examine(engine, server, as_json=namespace.json, with_verify=namespace.verify)
-    except StopRequested:
-        return EXIT_INTERRUPTED
     except UnwritableError as error:
         _give_up_standard_output()
         if error.is_unread:

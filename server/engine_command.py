@@ -13,9 +13,8 @@ import msgspec
 
 from server.environment import engine_environment
 from server.options import Option, add_options, build, from_command_line, options_of
-from server.signals import STOP_SIGNALS, StopRequested
+from server.signals import STOP_SIGNALS
 
-EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
 EITHER_FORM = "directory of a checkpoint of either form, or of one for each step (the latest is taken)"
 
 P = TypeVar("P", bound=argparse.ArgumentParser)
@@ -87,15 +86,14 @@ def _sentence(purpose: str) -> str:
     return f"{purpose[0].upper()}{purpose[1:]}."
 
 
-def _run(module: str, command: EngineCommand, prepare: Callable[[Any], object], namespace: argparse.Namespace) -> int:
+def _run(
+    module: str, command: EngineCommand, prepare: Callable[[Any], object], namespace: argparse.Namespace
+) -> NoReturn:
     """Check what can be checked here, and become the process that does it."""
     places = {name: getattr(namespace, name) for name in command.places}
     make = partial(command.config, **places)
-    try:
-        config = build(make, command.options, from_command_line(namespace, command.options))
-        become(module, command.name, prepare(config))
-    except StopRequested:
-        return EXIT_INTERRUPTED
+    config = build(make, command.options, from_command_line(namespace, command.options))
+    become(module, command.name, prepare(config))
 
 
 def become(module: str, name: str, command: object) -> NoReturn:

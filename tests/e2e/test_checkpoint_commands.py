@@ -308,6 +308,26 @@ def writing(command: list[str], folder: Path) -> "Iterator[subprocess.Popen[byte
             process.kill()
 
 
+@pytest.mark.parametrize(("words", "code"), [(["checkpoint", "verify", "."], 130), (["doctor"], 130), (["serve"], 0)])
+def test_what_is_stopped_in_its_first_moments_was_not_done_unless_it_is_to_be_stopped(
+    words: list[str], code: int
+) -> None:
+    script = """
+import signal, sys
+from server.__main__ import main
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "server.cli":
+            signal.raise_signal(signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, *words], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_nothing(number: signal.Signals, large_model: Path, tmp_path: Path) -> None:
     command = [*CHECKPOINT, "shard", str(large_model), str(tmp_path / "new" / "out"), "-tp", "2"]
