@@ -34,6 +34,7 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
     arrival_seconds = ARRIVAL_SECONDS
     slow_client_timeout: float  # seconds without a byte taken, after which the connection is closed …
     on_slow_client: Callable[[], object]  # … and this is called
+    keeps_connections: Callable[[], bool]  # whether another request may come on a connection
     _patience: asyncio.TimerHandle | None = None
     _arrival: asyncio.TimerHandle | None = None
     _header_size = 0  # of this request's line, header fields and trailers
@@ -70,6 +71,12 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
     async def until_writable(self) -> None:
         """Wait until there is room, or the connection lost."""
         await self.flow.drain()
+
+    def close_when_idle(self) -> None:
+        """Take no further request: close now, or behind the answer to the one that is here or on its way."""
+        latest = self._latest()
+        if self._arrival is None or (latest is not None and not latest.response_complete):
+            self.shutdown()
 
     def abort(self) -> None:
         """Close the connection at once, whatever waits for the client."""
@@ -113,6 +120,7 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
             raise ValueError
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            self.cycle.keep_alive = self.cycle.keep_alive and self.keeps_connections()
 
     def on_chunk_header(self) -> None:
         """Take the announcement of a chunk."""
@@ -230,12 +238,19 @@ class BoundedHTTPProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def protocol_of(slow_client_timeout: float, on_slow_client: Callable[[], object]) -> type[BoundedHTTPProtocol]:
+def protocol_of(
+    slow_client_timeout: float, on_slow_client: Callable[[], object], keeps_connections: Callable[[], bool]
+) -> type[BoundedHTTPProtocol]:
     """Return the class of a server's connections.
 
     Args:
         slow_client_timeout: seconds without a byte taken after which a client is disconnected.
         on_slow_client: is called then.
+        keeps_connections: says of each request whether another may come on its connection.
     """
-    members = {"slow_client_timeout": slow_client_timeout, "on_slow_client": staticmethod(on_slow_client)}
+    members = {
+        "slow_client_timeout": slow_client_timeout,
+        "on_slow_client": staticmethod(on_slow_client),
+        "keeps_connections": staticmethod(keeps_connections),
+    }
     return type("HTTPProtocol", (BoundedHTTPProtocol,), members)

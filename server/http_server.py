@@ -24,10 +24,11 @@ class HTTPServer(uvicorn.Server):
     ) -> None:
         """Prepare the server; `on_slow_client` is called for each client that is cut off since it takes nothing."""
         tls = credentials.tls
+        self._is_draining = False
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol_of(config.slow_client_timeout, on_slow_client),
+                http=protocol_of(config.slow_client_timeout, on_slow_client, lambda: not self._is_draining),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -47,11 +48,19 @@ class HTTPServer(uvicorn.Server):
         self.should_exit = True
         self._stopping.set()
 
+    def drain(self) -> None:
+        """Let nobody send another request where one was answered: close idle connections, and others behind answers."""
+        self._is_draining = True
+        for connection in self._connections():
+            connection.close_when_idle()
+
     async def until_taken(self) -> None:
         """Wait until clients have taken all that was sent to them."""
-        connections = self.server_state.connections
-        while any(isinstance(each, BoundedHTTPProtocol) and each.num_untaken for each in connections):
+        while any(connection.num_untaken for connection in self._connections()):
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _connections(self) -> list[BoundedHTTPProtocol]:
+        return [each for each in self.server_state.connections if isinstance(each, BoundedHTTPProtocol)]
 
     async def main_loop(self) -> None:
         """Wait for the end; wake up once a second, to set the responses' Date header."""

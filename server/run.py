@@ -122,6 +122,7 @@ async def _drain(
 ) -> None:
     """Let the requests in progress finish, for so many seconds or until one of `ends` is done; refuse new ones."""
     drain.begin()
+    http.drain()
     deadline = time.monotonic() + seconds
     if drain.num_requests:
         logger.info("%d requests may take %g s to finish; another signal ends them", drain.num_requests, seconds)

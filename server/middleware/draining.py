@@ -22,7 +22,7 @@ class Draining:
         """Handle one request."""
         is_new = scope["method"] == "POST"
         if is_new and self._drain.is_draining:
-            await _shutting_down().response({"connection": "close"})(scope, receive, send)
+            await _shutting_down().response()(scope, receive, send)
         elif is_new or scope["path"].removeprefix(scope["root_path"]).startswith(STREAMS_FOLDER):
             with self._drain.request():
                 await self._app(scope, receive, send)

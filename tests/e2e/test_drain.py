@@ -65,8 +65,11 @@ def wait_until_draining(service: ServiceProcess) -> None:
 def test_all_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftovers: Leftovers) -> None:
     with ServiceProcess("-tp", "2", environment=leftovers.environment) as service:
         processes = service.descendants()
+        idle = socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=10)
         streams = Streams(service, BODY, NUM_STREAMS)
         service.process.terminate()
+        with idle:
+            assert idle.recv(1) == b""  # nobody asks there what would be refused
         wait_until_draining(service)
         assert httpx.get(f"{service.url}/ready").status_code == 503
         assert service.metric("ryzanstein_draining") == 1

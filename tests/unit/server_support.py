@@ -267,6 +267,11 @@ class RunningServer:
         """End everything in flight as the loss of the engine does."""
         asyncio.run_coroutine_threadsafe(self.queue.close(reason), self.loop).result(10)
 
+    def drain(self) -> None:
+        """Refuse new requests, as a stop signal does."""
+        self.call(self.service.drain.begin)
+        self.call(self._http.drain)
+
     def send(self, report: StatsReport) -> None:
         """Have the engine send statistics."""
         asyncio.run_coroutine_threadsafe(self._channel.send(report), self.loop).result(10)

@@ -1,6 +1,7 @@
 """What a server answers while it waits for its last requests."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.unit.server_support import COMPLETIONS, RunningServer, events, post, running_server, wait_until
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY: dict[str, Any] = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
 
 
@@ -22,8 +24,21 @@ def draining(model: Path) -> Iterator[RunningServer]:
 
 
 def drain(server: RunningServer) -> None:
-    server.call(server.service.drain.begin)
+    server.drain()
     assert wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+
+
+def connected(server: RunningServer) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def ask_health(connection: socket.socket) -> bytes:
+    connection.sendall(HEALTH)
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += connection.recv(4096)
+    return answer
 
 
 def wait_until_empty(server: RunningServer) -> None:
@@ -32,20 +47,37 @@ def wait_until_empty(server: RunningServer) -> None:
 
 
 def test_new_requests_are_refused_and_told_when_to_come_again(draining: RunningServer) -> None:
-    with httpx.Client(base_url=draining.url) as client:
-        client.get("/health")
-        drain(draining)
-        answer = client.post(COMPLETIONS, json=BODY)  # on the connection that was there before
-        assert answer.status_code == 503
-        assert answer.json()["error"] == {
-            "message": "The server is shutting down.", "type": "service_unavailable", "param": None,
-            "code": "shutting_down",
-        }  # fmt: skip
-        assert answer.headers["retry-after"] == "1"
-        assert answer.headers["connection"] == "close"
+    drain(draining)
+    answer = post(draining, COMPLETIONS, BODY)
+    assert answer.status_code == 503
+    assert answer.json()["error"] == {
+        "message": "The server is shutting down.", "type": "service_unavailable", "param": None,
+        "code": "shutting_down",
+    }  # fmt: skip
+    assert answer.headers["retry-after"] == "1"
     assert post(draining, "/tokenize", {"prompt": "x"}).status_code == 503
     assert draining.engine.requests == []
     wait_until_empty(draining)
+
+
+def test_idle_connections_are_closed_so_that_nobody_asks_on_them(draining: RunningServer) -> None:
+    with connected(draining) as fresh, connected(draining) as used, connected(draining) as arriving:
+        arriving.sendall(HEALTH[:20])
+        for _ in range(5):  # meanwhile what has come on the other is read
+            assert b"connection: close" not in ask_health(used)
+        drain(draining)
+        assert (fresh.recv(4096), used.recv(4096)) == (b"", b"")
+        arriving.sendall(HEALTH[20:])  # what is on its way is answered
+        answer = arriving.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_each_answer_says_that_it_is_the_last_on_its_connection(path: str, draining: RunningServer) -> None:
+    drain(draining)
+    assert httpx.get(draining.url + path).headers["connection"] == "close"
+    assert post(draining, COMPLETIONS, BODY).headers["connection"] == "close"
 
 
 def test_questions_about_the_service_are_still_answered(draining: RunningServer) -> None:
