@@ -189,6 +189,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.objects[kind, name] = new = _merge(old, change if isinstance(change, dict) else {"patched": change})
         self._answer(_scale(new) if part == "scale" else new)
 
+    def do_DELETE(self) -> None:
+        _, kind, name, _ = _resource(self.path)
+        self._body()
+        del self.objects[kind, name]
+        self._answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+
     def _read(self, path: str, query: Mapping[str, str]) -> None:
         version, kind, name, part = _resource(path)
         if part == "log":

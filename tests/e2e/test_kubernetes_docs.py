@@ -60,6 +60,8 @@ def test_all_of_it_has_come_to_the_cluster(api: KubernetesAPI) -> None:
     assert api.objects["Deployment", "ryzanstein"]["spec"]["replicas"] == 3
     assert api.objects["Node", NODE]["spec"]["unschedulable"] is True
     assert ("Pod", "ryzanstein-1-again") in api.objects  # what was evicted
+    restarted = api.objects["Deployment", "ryzanstein"]["spec"]["template"]["metadata"]["annotations"]
+    assert "kubectl.kubernetes.io/restartedAt" in restarted
 
 
 def test_a_command_that_kubectl_does_not_understand_is_noticed(api: KubernetesAPI, tmp_path: Path) -> None:
