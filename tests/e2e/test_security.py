@@ -5,6 +5,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,9 +49,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the service makes its temporary files."""
-    return tmp_path_factory.mktemp("temporary")
+def temporary() -> Iterator[Path]:
+    """Where the service makes its temporary files: with a short name, or the paths of sockets were too long."""
+    with tempfile.TemporaryDirectory(prefix="rz-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
