@@ -186,7 +186,7 @@ def test_disturbed_ranks_are_a_pause(how: str, tmp_path: Path, tell: Callable[[s
     seed = random.SystemRandom().randrange(2**32)
     tell(f"seed {seed}")
     disturbance = {"kill": kill, "stop": stop, "wedge": wedge_in(tmp_path)}[how]
-    requests = bodies(16, 120)
+    requests = bodies(16, 480)
     options = ("-tp", "2", *EXACT, "--rank-timeout", str(RANK_TIMEOUT))
     with faulty_service(*options, folder=str(tmp_path)) as service:
         expected = undisturbed(service, requests)
