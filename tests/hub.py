@@ -6,17 +6,18 @@ there in ranges. What was asked for, and with which token, is noted.
 
 import hashlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
+
+from tests.http_server import HTTPServer
 
 LARGE = 100_000  # bytes; from here on a file is stored beside the repository, under its SHA-256
 CHUNK = 1 << 18
@@ -89,23 +90,24 @@ class Hub:
                 self.hub = hub
                 super().__init__(*arguments)
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
+        self._server = HTTPServer(Handler)
+        self._server.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._server.__exit__(kind, error, traceback)
 
     @property
     def url(self) -> str:
         """Where it is."""
-        return f"http://127.0.0.1:{self.port}"
+        return self._server.url
+
+    @property
+    def port(self) -> int:
+        """Of the other host, too."""
+        return self._server.port
 
     def environment(self, home: Path) -> dict[str, str]:
         """Return variables that lead to this hub, with its cache in `home`."""
@@ -122,15 +124,6 @@ class Hub:
     def digest(self, content: bytes) -> str:
         """Return a large file's SHA-256."""
         return next(digest for digest, other in self._large.items() if other is content)
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Let clients go when they like; say anything else."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

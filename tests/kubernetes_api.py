@@ -5,15 +5,15 @@ Nothing is scheduled and nothing runs. It shows that kubectl understands a comma
 
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+
+from tests.http_server import HTTPServer
 
 Manifest = dict[str, Any]
 GROUPS = {
@@ -58,35 +58,21 @@ def _plural(kind: str) -> str:
 KINDS = {(version, _plural(kind)): kind for version, kinds in GROUPS.items() for kind in kinds}
 
 
-class KubernetesAPI:
+class KubernetesAPI(HTTPServer):
     """`with KubernetesAPI(folder) as api:` answers where `api.kubeconfig` says; `api.objects` is what it was given."""
 
     def __init__(self, folder: Path) -> None:
         self.kubeconfig = folder / "kubeconfig"
         self.objects: dict[tuple[str, str], Manifest] = {}  # by kind and name
 
-    def __enter__(self) -> Self:
-        api = self
-
         class Handler(_Handler):
-            objects = api.objects
+            objects = self.objects
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-        cluster = {"name": "test", "cluster": {"server": f"http://127.0.0.1:{self._server.server_port}"}}
+        super().__init__(Handler)
+        cluster = {"name": "test", "cluster": {"server": self.url}}
         context = {"name": "test", "context": {"cluster": "test", "user": "test"}}
         config = {"clusters": [cluster], "contexts": [context], "users": [{"name": "test", "user": {}}]}
         self.kubeconfig.write_text(yaml.safe_dump({"kind": "Config", "current-context": "test", **config}))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
     def put(self, version: str, kind: str, name: str, **fields: Any) -> None:
         """Have an object that nobody has sent."""
