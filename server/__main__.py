@@ -4,12 +4,12 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from engine.protocol.errors import EXIT_INTERRUPTED
 from engine.protocol.open_files import raise_open_files_limit
 from server.early_engine import EarlyEngine
 from server.signals import StopRequested, ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 
 EXIT_STOPPED = 0
-EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.protocol.config import EngineConfig
-from engine.protocol.errors import is_mistake
+from engine.protocol.errors import EXIT_FAILED, EXIT_UNREAD, EXIT_USER_ERROR, is_mistake
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.open_files import check_open_files, raise_open_files_limit
 from server.bench_commands import add_bench_commands
@@ -42,8 +42,6 @@ from server.options import (
 from server.signals import ignore_stop_signals, on_stop_signal, stop_signals_delayed, unwind
 from server.tracing.extra import require_extra
 
-EXIT_FAILED, EXIT_USER_ERROR = 1, 2
-EXIT_UNREAD = 141  # as shells have it for SIGPIPE: what reads the doctor's words wanted no more of them
 OPTIONS_EPILOG = """\
 Each option can also be set by the environment variable in its brackets, or in the YAML file of --config
 (RYZANSTEIN_CONFIG), where the keys are the options' names without the dashes in front. The command line wins over

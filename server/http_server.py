@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from server.config import ServerConfig
 from server.credentials import Credentials
+from server.drain import Drain
 from server.http_protocol import BoundedHTTPProtocol, protocol_of
 
 GRACE_SECONDS = 2  # for error events to reach slow clients
@@ -20,15 +21,19 @@ class HTTPServer(uvicorn.Server):
     """Leaves signals to us, since an end has more parts than the HTTP server's, and sleeps longer while it is idle."""
 
     def __init__(
-        self, app: ASGIApp, config: ServerConfig, credentials: Credentials, on_slow_client: Callable[[], object]
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        credentials: Credentials,
+        drain: Drain,
+        on_slow_client: Callable[[], object],
     ) -> None:
         """Prepare the server; `on_slow_client` is called for each client that is cut off since it takes nothing."""
         tls = credentials.tls
-        self._is_draining = False
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol_of(config.slow_client_timeout, on_slow_client, lambda: not self._is_draining),
+                http=protocol_of(config.slow_client_timeout, on_slow_client, lambda: not drain.is_draining),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -48,9 +53,8 @@ class HTTPServer(uvicorn.Server):
         self.should_exit = True
         self._stopping.set()
 
-    def drain(self) -> None:
-        """Let nobody send another request where one was answered: close idle connections, and others behind answers."""
-        self._is_draining = True
+    def close_when_idle(self) -> None:
+        """Close connections that wait for a request, and the others behind their answers."""
         for connection in self._connections():
             connection.close_when_idle()
 

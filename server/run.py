@@ -13,6 +13,7 @@ import uvloop
 import zmq.asyncio
 
 from engine.protocol.affinity import keep_process_on
+from engine.protocol.errors import EXIT_FAILED, EXIT_USER_ERROR
 from engine.protocol.messages import GroupStatus
 from server.admission import AdmissionQueue
 from server.app import create_app
@@ -37,7 +38,7 @@ from server.tracing.base import start_traces
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+EXIT_STOPPED = 0
 STOPPING = "The server is shutting down."
 
 
@@ -87,7 +88,8 @@ async def _serve(
     traces = start_traces(config.otlp_traces_endpoint, model=model.name, version=VERSION)
     service = Service(model, queue, metrics, config, streams, traces=traces)
     metrics.draining.set_function(lambda: float(service.drain.is_draining))
-    http = HTTPServer(create_app(service, config, credentials), config, credentials, metrics.slow_clients.inc)
+    app = create_app(service, config, credentials)
+    http = HTTPServer(app, config, credentials, service.drain, metrics.slow_clients.inc)
     serving = asyncio.create_task(http.serve([listener]))
     supervising = asyncio.create_task(Supervisor(context, process, client, loading.follow, announce).run())
     reason = "The server failed."
@@ -122,7 +124,7 @@ async def _drain(
 ) -> None:
     """Let the requests in progress finish, for so many seconds or until one of `ends` is done; refuse new ones."""
     drain.begin()
-    http.drain()
+    http.close_when_idle()
     deadline = time.monotonic() + seconds
     if drain.num_requests:
         logger.info("%d requests may take %g s to finish; another signal ends them", drain.num_requests, seconds)

@@ -14,8 +14,9 @@ from engine.command.main import run_command
 from engine.command.output import complain, say
 from engine.command.stop_request import StopRequest
 from engine.protocol.commands import BenchCollectivesCommand, BenchDecodeCommand, BenchLimitsCommand, BenchLoadCommand
+from engine.protocol.errors import EXIT_FAILED
 
-EXIT_OK, EXIT_FAILED = 0, 1
+EXIT_OK = 0
 
 
 class _Bench(NamedTuple):

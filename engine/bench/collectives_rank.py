@@ -23,9 +23,9 @@ from engine.bench.collectives_messages import (
 from engine.bench.rank_group import error_name, result_name
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
+from engine.protocol.errors import EXIT_USER_ERROR
 from engine.worker.parent import die_with_parent
 
-EXIT_USER_ERROR = 2
 JOIN_SECONDS = 60.0
 BATCHES = 5  # of calls, of which the median counts
 BATCH_SECONDS = 5e-3  # that a batch takes at least, in calls that are counted beforehand

@@ -21,10 +21,10 @@ from engine.checkpoint.targets import targets_of
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
 from engine.models.registry import build_model
+from engine.protocol.errors import EXIT_USER_ERROR
 from engine.protocol.model_config import ModelConfig
 from engine.worker.parent import die_with_parent
 
-EXIT_USER_ERROR = 2
 JOIN_SECONDS = 120.0
 
 

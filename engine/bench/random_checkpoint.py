@@ -22,10 +22,9 @@ from engine.checkpoint.targets import targets_of
 from engine.checkpoint.tensor_writer import TensorFileWriter
 from engine.communication.handler import CommunicationHandler
 from engine.models.registry import build_model
+from engine.protocol.errors import EXIT_USER_ERROR
 from engine.protocol.model_config import ModelConfig
 from engine.protocol.model_directory import CONFIG_FILE
-
-EXIT_USER_ERROR = 2
 
 
 def write_random_checkpoint(

@@ -6,10 +6,8 @@ from typing import Any
 import msgspec
 
 from engine.command.output import complain
-from engine.command.stop_request import EXIT_INTERRUPTED, Stopped, StopRequest
-from engine.protocol.errors import is_mistake
-
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_UNREAD = 1, 2, 141
+from engine.command.stop_request import Stopped, StopRequest
+from engine.protocol.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREAD, EXIT_USER_ERROR, is_mistake
 
 
 def run_command(arguments: Sequence[str], commands: Mapping[str, type], run: Callable[[Any, StopRequest], int]) -> int:

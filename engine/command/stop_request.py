@@ -4,8 +4,9 @@ import os
 import signal
 from types import FrameType
 
+from engine.protocol.errors import EXIT_INTERRUPTED
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
 
 
 class Stopped(KeyboardInterrupt):

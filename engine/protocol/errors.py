@@ -1,6 +1,11 @@
-"""Which errors are a mistake of the user's (exit code 2), and which another try may cure (exit code 1)."""
+"""Which errors are a mistake of the user's, and which another try may cure; and the exit codes that tell them apart."""
 
 import errno
+
+EXIT_FAILED = 1  # another try may go well
+EXIT_USER_ERROR = 2  # it will not, until somebody changes something
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT: what was asked for was not done
+EXIT_UNREAD = 141  # as shells have it for SIGPIPE: what reads the output wanted no more of it
 
 # What a disk, a network file system or a busy machine says for a while. A full disk is not among them: somebody has to
 # make room.

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import trustme
 
-from server.cli import EXIT_USER_ERROR
+from engine.protocol.errors import EXIT_USER_ERROR
 from server.config import ServerConfig
 from server.http_server import KEEP_ALIVE_SECONDS
 from tests.service_process import ServiceProcess, wait_until

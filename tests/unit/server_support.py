@@ -270,7 +270,7 @@ class RunningServer:
     def drain(self) -> None:
         """Refuse new requests, as a stop signal does."""
         self.call(self.service.drain.begin)
-        self.call(self._http.drain)
+        self.call(self._http.close_when_idle)
 
     def send(self, report: StatsReport) -> None:
         """Have the engine send statistics."""
@@ -288,7 +288,7 @@ class RunningServer:
         streams = StreamStore(self._config.stream_resume_timeout, self._config.stream_resume_memory, metrics)
         self.service = Service(text_model, self.queue, metrics, self._config, streams)
         app = create_app(self.service, self._config, self._credentials)
-        self._http = HTTPServer(app, self._config, self._credentials, metrics.slow_clients.inc)
+        self._http = HTTPServer(app, self._config, self._credentials, self.service.drain, metrics.slow_clients.inc)
         with tempfile.TemporaryDirectory(prefix="ryzanstein-test-", dir="/tmp") as folder:
             self._channel = AsyncChannel(context, 1, RequestBatch)
             endpoint = self._channel.bind(f"ipc://{folder}/engine")
