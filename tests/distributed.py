@@ -145,6 +145,8 @@ def _answer(payload: bytes) -> tuple[str | None, object]:
         os.environ.update(environment)
         function, args, kwargs = pickle.loads(job)
         with ProcessGroupManager(torch.device("cpu"), timeout_seconds=COLLECTIVE_SECONDS) as groups:
-            return None, function(groups.tensor_parallel, *args, **kwargs)
+            result = function(groups.tensor_parallel, *args, **kwargs)
+        assert not torch.distributed.is_initialized(), "a group was not left"
+        return None, result
     except Exception:  # whatever it is, it belongs to the test
         return traceback.format_exc(), None

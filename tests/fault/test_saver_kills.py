@@ -98,6 +98,10 @@ def noted(log: Path, word: str) -> int:
     return max([int(number) for number in re.findall(rf"{word} (\d+)", log.read_text())], default=0)
 
 
+def lines_in(log: Path) -> list[str]:
+    return log.read_text().splitlines()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
@@ -206,13 +210,15 @@ def leftover_of(directory: Path) -> set[str]:
 def save_first(directory: Path, log: Path, *, same_step: bool) -> None:
     """Let real ranks save at least one version."""
     with ranks_of(Orders(directory, log, 1, 1 if same_step else None, free_port())) as ranks:
+        already = lines_in(log).count("end 1")
         ranks.begin()
-        wait_for(log, "end", 1)
+        wait_for(log, "end 1", already + 1)
 
 
-def wait_for(log: Path, word: str, version: int) -> None:
+def wait_for(log: Path, line: str, count: int = 1) -> None:
+    """Wait until the line has been written that often."""
     deadline = time.monotonic() + JOIN_SECONDS
-    while noted(log, word) < version:
+    while lines_in(log).count(line) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -240,7 +246,8 @@ def test_a_rank_that_dies_between_two_saves_is_noticed_by_the_other(tmp_path: Pa
     orders.log.touch()
     with ranks_of(orders) as ranks:
         ranks.begin()
-        wait_for(orders.log, "begin", 2)  # by the other rank, which waits now
+        wait_for(orders.log, "begin 2")  # by the other rank, which waits now
+        wait_for(orders.log, "end 1", TP_SIZE)  # also by rank 0, which cleans up after the other has gone on
         ranks.kill([victim])
         ranks.check_end([victim])
     assert version_in(tmp_path) == 1

@@ -337,6 +337,7 @@ def distributed_tensor(group: CommunicationHandler, _: Path) -> tuple[nn.Module,
     mesh = init_device_mesh("cpu", (group.world_size,))
     model = nn.Linear(4, 4)
     model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    torch.distributed.destroy_process_group()  # which the mesh has made
     return model, 1
 
 

@@ -70,6 +70,7 @@ def test_thousands_of_collectives_of_all_kinds_are_right(tp_size: int, count: in
 
 def use_gloo(group: CommunicationHandler, port: int, directory: str) -> tuple[str, list[str], float]:
     """Join a second group, of ranks that find too little shared memory."""
+    assert group.carrier == "shared-memory"  # gloo has one group a process
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
