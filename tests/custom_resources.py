@@ -1,4 +1,4 @@
-"""The part of two custom resources' schemas that deploy/kubernetes uses: what is required, and no field beside."""
+"""The part of three custom resources' schemas that deploy/kubernetes uses: what is required, and no field beside."""
 
 from typing import Any
 
@@ -68,4 +68,29 @@ INFERENCE_POOL = _resource(
         }
     ),
 )
-SCHEMAS = {"ServiceMonitor": SERVICE_MONITOR, "InferencePool": INFERENCE_POOL}
+EXPR = {"type": "string", "minLength": 1}
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+RULE = {
+    "oneOf": [
+        _struct(
+            {"record": {"type": "string", "pattern": "^[a-zA-Z_:][a-zA-Z0-9_:]*$"}, "expr": EXPR}, {"labels": TEXTS}
+        ),
+        _struct(
+            {"alert": {"type": "string", "minLength": 1}, "expr": EXPR},
+            {"for": DURATION, "keep_firing_for": DURATION, "labels": TEXTS, "annotations": TEXTS},
+        ),
+    ]
+}
+PROMETHEUS_RULE = _resource(
+    "monitoring.coreos.com/v1",
+    "PrometheusRule",
+    _struct(
+        {
+            "groups": {
+                "type": "array",
+                "items": _struct({"name": EXPR}, {"interval": DURATION, "rules": {"type": "array", "items": RULE}}),
+            }
+        }
+    ),
+)
+SCHEMAS = {"ServiceMonitor": SERVICE_MONITOR, "PrometheusRule": PROMETHEUS_RULE, "InferencePool": INFERENCE_POOL}

@@ -33,7 +33,7 @@ GROUPS = {
     "policy/v1": ("PodDisruptionBudget",),
     "autoscaling/v2": ("HorizontalPodAutoscaler",),
     "networking.k8s.io/v1": ("NetworkPolicy",),
-    "monitoring.coreos.com/v1": ("ServiceMonitor",),
+    "monitoring.coreos.com/v1": ("ServiceMonitor", "PrometheusRule"),
 }
 OF_THE_CLUSTER = ("Namespace", "Node")
 SHORT_NAMES = {"Deployment": ["deploy"], "HorizontalPodAutoscaler": ["hpa"], "Namespace": ["ns"], "Pod": ["po"]}

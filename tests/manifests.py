@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "deploy/kubernetes"
 OVERLAYS = ("overlays/cpu", "overlays/gpu")
-CUSTOM_KINDS = ("ServiceMonitor", "InferencePool")  # which no cluster knows by itself
+CUSTOM_KINDS = ("ServiceMonitor", "PrometheusRule", "InferencePool")  # which no cluster knows by itself
 Manifest = dict[str, Any]
 
 

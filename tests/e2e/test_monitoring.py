@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from server.metrics import dashboard, page
+from server.metrics import dashboard
 from tests.monitoring import FILES, Alertmanager, Listener, Prometheus, Webhook, program
 from tests.service_process import REQUEST_SECONDS, ROOT, ServiceProcess, wait_until
 
@@ -187,7 +187,7 @@ def blocks(pattern: str) -> list[str]:
 
 ASKS = r"promtool query|amtool alert"
 CHECKS = r"promtool (check|test)|amtool check"
-WRITES = r"python -m"
+WRITES = r"python .* --update"
 SERVES = r"prometheus |alertmanager |ryzanstein serve"
 
 
@@ -218,10 +218,9 @@ def test_a_check_of_the_page_finds_nothing(line: str) -> None:
 
 @pytest.mark.parametrize("line", blocks(WRITES))
 def test_a_file_that_the_page_writes_is_what_it_says(line: str, tmp_path: Path) -> None:
-    module, path = re.fullmatch(r"python -m (\S+) --update (\S+)", line).groups()  # type: ignore[union-attr]
+    path = line.split()[-1]
     run(line.replace(path, str(tmp_path / "file")))
-    expected = {"server.metrics.dashboard": dashboard.text, "server.metrics.page": page.page}[module]()
-    assert (tmp_path / "file").read_text() == (ROOT / path).read_text() == expected
+    assert (tmp_path / "file").read_text() == (ROOT / path).read_text()
 
 
 @pytest.mark.parametrize("line", blocks("prometheus |alertmanager "))

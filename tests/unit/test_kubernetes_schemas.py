@@ -67,3 +67,9 @@ def test_a_mistake_in_a_custom_resource_is_noticed(change: dict[str, Any]) -> No
     endpoint = {**monitor["spec"]["endpoints"][0], **change}
     monitor["spec"]["endpoints"] = [{key: value for key, value in endpoint.items() if value is not None}]
     assert len(custom(monitor)) == 1
+
+
+def test_a_mistake_in_a_rule_is_noticed() -> None:
+    rules = next(item for item in build(OVERLAYS[0]) if item["kind"] == "PrometheusRule")
+    rules["spec"]["groups"][0]["rules"][0]["for"] = "a minute"
+    assert len(custom(rules)) == 1

@@ -22,11 +22,9 @@ OF_PROMETHEUS = {"job", "instance", "le"}  # labels that it adds, and that of bu
 JOB = "ryzanstein"
 REFUSED = "model_name:ryzanstein_requests_rejected:ratio5m"
 
+RULE_FILES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 RULES: list[dict[str, Any]] = [
-    rule
-    for path in sorted((PROMETHEUS / "rules").glob("*.yml"))
-    for group in yaml.safe_load(path.read_text())["groups"]
-    for rule in group["rules"]
+    rule for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]
 ]
 ALERTS = [rule for rule in RULES if "alert" in rule]
 RECORDED = {rule["record"]: rule for rule in RULES if "record" in rule}
@@ -51,7 +49,13 @@ def test_the_configuration_is_valid() -> None:
 
 
 def test_the_rules_are_valid_and_none_is_there_twice() -> None:
-    check("promtool", "check", "rules", "--lint=all", "--lint-fatal", *(PROMETHEUS / "rules").glob("*.yml"))
+    check("promtool", "check", "rules", "--lint=all", "--lint-fatal", *RULE_FILES)
+
+
+def test_the_operator_gets_the_same_rules() -> None:
+    manifest = ROOT / "deploy" / "kubernetes" / "components" / "service-monitor" / "prometheus-rule.yaml"
+    groups = [group for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"]]
+    assert yaml.safe_load(manifest.read_text())["spec"]["groups"] == groups, "docs/monitoring.md: write it anew"
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
