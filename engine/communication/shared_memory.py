@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_uint32, c_uint64
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from engine.protocol.stats import OPERATIONS, TIME_BUCKETS
 MOST_RANKS = 64
 SLOT_BYTES = 256 << 10  # what a rank shares at a time; a multiple of 64 for each of 64 ranks
 MOST_SUMMED_BY_ALL = 32 << 10  # bytes of an all-reduce which every rank sums as a whole
+
+HISTOGRAM_LENGTH = len(TIME_BUCKETS) + 2  # counts, of which the last is that without a bound, and the sum
 
 # As collectives.cpp numbers them; it has the operations in the order of OPERATIONS.
 SUMMED_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int64: 4}
@@ -91,6 +94,7 @@ class SharedMemoryCollectives:
         if self._end is None:
             raise RuntimeError(f"rank {rank} has no memory left for its end of the group")
         self._spent_ns = c_int64.from_address(library.function("collectives_spent_ns")(self._end))
+        self._times = np.zeros((len(OPERATIONS), 2 * HISTOGRAM_LENGTH + 1), dtype=np.int64)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over the ranks; see `Collectives`."""
@@ -144,16 +148,13 @@ class SharedMemoryCollectives:
         times = CollectiveTimes({}, {}, {})
         if self._end is None:
             return times
-        half = len(TIME_BUCKETS) + 2  # the last bucket is without a bound, and the sum follows
-        length = 2 * half + 1  # of times and of waiting; then the bytes
-        numbers = (c_int64 * (length * len(OPERATIONS)))()
-        self._library.function("collectives_take_times")(self._end, numbers)
-        for index, operation in enumerate(OPERATIONS):
-            row = numbers[index * length : (index + 1) * length]
-            if any(row[: half - 1]):
-                times.whole[operation] = _delta(row[:half])
-                times.waiting[operation] = _delta(row[half:-1])
-                times.num_bytes[operation] = call_bytes(operation, row[-1], self.world_size)
+        self._library.function("collectives_take_times")(self._end, self._times.ctypes.data)
+        for operation, (*whole_and_waiting, num_bytes) in zip(OPERATIONS, self._times.tolist(), strict=True):
+            whole, waiting = whole_and_waiting[:HISTOGRAM_LENGTH], whole_and_waiting[HISTOGRAM_LENGTH:]
+            if any(whole[:-1]):
+                times.whole[operation] = _delta(whole)
+                times.waiting[operation] = _delta(waiting)
+                times.num_bytes[operation] = call_bytes(operation, num_bytes, self.world_size)
         return times
 
     def run_timer(self) -> HostRunTimer:

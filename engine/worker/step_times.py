@@ -2,6 +2,7 @@
 
 import time
 from array import array
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from engine.protocol.messages import HistogramDelta
 from engine.protocol.stats import PHASES, STEP_BUCKETS
 
 Seconds = NDArray[np.float64]
+
+_BOUNDS = np.array(STEP_BUCKETS)
 
 # Of a step of rank 0: what ends at each lap, in their order.
 LAPS = ("schedule", "broadcast", "run", "sample", "apply", "emit")
@@ -88,8 +91,8 @@ class FollowerStepTimes(NoStepTimes):
 
     def take(self) -> StepDeltas:
         """See `StepTimes`."""
-        compute, communicate = _rows(self._runs.take_runs(), 2).T
-        return _deltas({"compute": compute, "communicate": communicate})
+        runs = _rows(self._runs.take_runs(), 2).T
+        return StepDeltas(_histograms(("compute", "communicate"), runs), runs[0].tolist())
 
 
 class LeaderStepTimes(FollowerStepTimes):
@@ -124,8 +127,8 @@ class LeaderStepTimes(FollowerStepTimes):
         schedule, broadcast, run, sample, apply, emit = laps
         # On a device a run ends when it is on its way: what is left of it then is waited for while sampling.
         sampling = np.maximum(run + sample - compute - communicate, 0.0)
-        phases = (schedule + apply, broadcast, compute, communicate, sampling, emit)
-        return _deltas(dict(zip(PHASES, phases, strict=True)))
+        phases = np.stack((schedule + apply, broadcast, compute, communicate, sampling, emit))
+        return StepDeltas(_histograms(PHASES, phases), compute.tolist())
 
 
 class RankSkew:
@@ -150,7 +153,7 @@ class RankSkew:
             return None
         seconds = np.array([of_rank[:count] for of_rank in self._seconds])
         self._seconds = [of_rank[count:] for of_rank in self._seconds]
-        return _histogram(np.ptp(seconds, axis=0))
+        return _histograms(("skew",), np.ptp(seconds, axis=0, keepdims=True))["skew"]
 
 
 def _rows(numbers: "array[float]", width: int) -> Seconds:
@@ -158,12 +161,13 @@ def _rows(numbers: "array[float]", width: int) -> Seconds:
     return np.array(numbers).reshape(-1, width)
 
 
-def _deltas(phases: dict[str, Seconds]) -> StepDeltas:
-    histograms = {name: _histogram(seconds) for name, seconds in phases.items() if len(seconds)}
-    return StepDeltas(histograms, phases["compute"].tolist())
-
-
-def _histogram(seconds: Seconds) -> HistogramDelta:
-    buckets = np.searchsorted(STEP_BUCKETS, seconds)
-    counts = np.bincount(buckets, minlength=len(STEP_BUCKETS) + 1)
-    return HistogramDelta(counts.tolist(), float(seconds.sum()))
+def _histograms(names: Sequence[str], seconds: Seconds) -> dict[str, HistogramDelta]:
+    """Return the histogram of each row of `seconds` [num_names, num_steps]; without steps there are none."""
+    if seconds.shape[1] == 0:
+        return {}
+    width = len(STEP_BUCKETS) + 1
+    # All rows at once: one second's steps are few, so that the calls are what takes time.
+    buckets = np.searchsorted(_BOUNDS, seconds) + width * np.arange(len(names))[:, np.newaxis]
+    counts = np.bincount(buckets.ravel(), minlength=width * len(names)).reshape(-1, width)
+    rows = zip(names, counts.tolist(), seconds.sum(axis=1).tolist(), strict=True)
+    return {name: HistogramDelta(of_name, total) for name, of_name, total in rows}

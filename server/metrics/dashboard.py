@@ -253,7 +253,7 @@ def _unit(metric: Metric, show: Show) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the dashboard to standard output, or into a file; return the exit code."""
-    return write("server.metrics.dashboard", "Write Grafana's dashboard.", text(), arguments)
+    return write("-m server.metrics.dashboard", "Write Grafana's dashboard.", text(), arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Metrics as Prometheus reads them: its text format 0.0.4, and OpenMetrics 1.0.0 for those who ask for it.
 
 Sources: https://prometheus.io/docs/instrumenting/exposition_formats/ and
-https://github.com/prometheus/OpenMetrics/blob/v1.0.0/specification/OpenMetrics.md. All of a line but its number is
-written once, when the series is first shown: a page is read every few seconds by a Prometheus, and twenty times a
+https://github.com/prometheus/OpenMetrics/blob/v1.0.0/specification/OpenMetrics.md. All of a series' lines but their
+numbers is written once, when it is first shown: a page is read every few seconds by a Prometheus, and twenty times a
 second by a gateway, while streams wait.
 """
 
@@ -30,28 +30,30 @@ class Shown:
         self._name = name
         self._labels = labels
         self._text_head, self._openmetrics_head = _heads(name, family.metric)
-        self._lines: dict[tuple[str, ...], list[str]] = {}  # by the labels' values: each line up to its number
+        self._templates: dict[tuple[str, ...], str] = {}  # by the labels' values: the lines, with %s for their numbers
 
     def write(self, lines: list[str], *, openmetrics: bool) -> None:
         """Append the family's lines."""
         lines.append(self._openmetrics_head if openmetrics else self._text_head)
         for values, series in self._family:
-            begins = self._lines.get(values)
-            if begins is None:
-                begins = self._lines[values] = self._begins(values)
-            lines += [f"{begin}{number}\n" for begin, number in zip(begins, series.read(), strict=True)]
+            template = self._templates.get(values)
+            if template is None:
+                template = self._templates[values] = self._template(values)
+            lines.append(template % series.read())
 
-    def _begins(self, values: tuple[str, ...]) -> list[str]:
+    def _template(self, values: tuple[str, ...]) -> str:
+        names = (f"{self._name}{sample}" for sample in self._samples(values))
+        return "".join(f"{name.replace('%', '%%')} %s\n" for name in names)
+
+    def _samples(self, values: tuple[str, ...]) -> list[str]:
+        """Return what follows the name in each line of a series, but for the number."""
         metric = self._family.metric
         labels = dict(zip((label.name for label in metric.labels), values, strict=True)) | dict(self._labels)
         if metric.kind is not Kind.HISTOGRAM:
-            return [f"{self._name}{_in_braces(labels)} "]
+            return [_in_braces(labels)]
         bounds = [*(str(float(bound)) for bound in metric.buckets), "+Inf"]
-        return [
-            *(f"{self._name}{BUCKET}{_in_braces(labels | {'le': bound})} " for bound in bounds),
-            f"{self._name}{COUNT}{_in_braces(labels)} ",
-            f"{self._name}{SUM}{_in_braces(labels)} ",
-        ]
+        buckets = [f"{BUCKET}{_in_braces(labels | {'le': bound})}" for bound in bounds]
+        return [*buckets, f"{COUNT}{_in_braces(labels)}", f"{SUM}{_in_braces(labels)}"]
 
 
 def write(families: Iterable[Shown], accept: str) -> tuple[bytes, str]:

@@ -116,7 +116,7 @@ def _mark(name: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the page to standard output, or into a file; return the exit code."""
-    return write("server.metrics.page", "Write the page of all metrics.", page(), arguments)
+    return write("-m server.metrics.page", "Write the page of all metrics.", page(), arguments)
 
 
 if __name__ == "__main__":

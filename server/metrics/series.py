@@ -14,8 +14,8 @@ BUCKET, SUM, COUNT = "_bucket", "_sum", "_count"
 class Series(Protocol):
     """One series of the table: for a histogram those of all its buckets."""
 
-    def read(self) -> list[float]:
-        """Return the numbers to show now, in the order of `sample_names`."""
+    def read(self) -> tuple[float, ...]:
+        """Return the numbers to show now, one a line."""
         ...
 
 
@@ -44,9 +44,9 @@ class Value:
         """Have the value asked for when it is shown."""
         self._function = function
 
-    def read(self) -> list[float]:
+    def read(self) -> tuple[float, ...]:
         """Return the value."""
-        return [self._value if self._function is None else self._function()]
+        return (self._value if self._function is None else self._function(),)
 
 
 class Distribution:
@@ -69,10 +69,10 @@ class Distribution:
         self._counts = [old + new for old, new in zip(self._counts, delta.counts, strict=True)]
         self._sum += delta.sum
 
-    def read(self) -> list[float]:
+    def read(self) -> tuple[float, ...]:
         """Return how many values were at most each bound, and any; how many there were; and their sum."""
-        cumulative: list[float] = list(accumulate(self._counts))
-        return [*cumulative, cumulative[-1], self._sum]
+        cumulative = list(accumulate(self._counts))
+        return (*cumulative, cumulative[-1], self._sum)
 
 
 S_co = TypeVar("S_co", bound=Series, covariant=True)

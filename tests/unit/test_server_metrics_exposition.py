@@ -19,7 +19,7 @@ from server.metrics.series import Distribution, Family, Value
 from server.metrics.table import METRICS, VLLM_METRICS, Group, Kind, Label, Metric
 
 PROMETHEUS = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,*/*;q=0.1"
-ODD = 'a"b\\c\nd,e}é '
+ODD = 'a"b\\c\nd,e}é 5%s %% '
 HELP = 'Says "so", and \\ too.\nOn two lines.'
 BOUNDS = (0.00001, 0.1, 1.0, 1e5)
 
@@ -100,9 +100,9 @@ def test_a_value_at_a_bound_belongs_to_it() -> None:
     series = Distribution((1.0, 2.0))
     for value in (0.5, 1.0, 2.0, 2.5):
         series.observe(value)
-    assert series.read() == [2, 3, 4, 4, 6.0]
+    assert series.read() == (2, 3, 4, 4, 6.0)
     series.add(HistogramDelta([1, 0, 2], 10.0))
-    assert series.read() == [3, 4, 7, 7, 16.0]
+    assert series.read() == (3, 4, 7, 7, 16.0)
 
 
 def test_counts_over_other_bounds_are_an_error() -> None:
