@@ -285,7 +285,7 @@ def _too_long(problem: str, service: Service, param: str) -> APIError:
     return APIError(message, param=param, code="context_length_exceeded")
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # else FastAPI calls it in a thread
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
