@@ -5,10 +5,11 @@
 Two services are started: one as it is by default, and one with --no-step-timing. They get the same load in turns, in
 pairs, of which each is first in turns too; the other service has nothing to do meanwhile. While the first has load, its
 /metrics is scraped as Prometheus would. A load is so many requests at once, each answered as a whole, and again so
-often. What counts is all tokens by all seconds: most loads end between two scrapes, so a median would leave the scrapes
-out. Two processes of one program can differ in speed by how they happen to lie in memory, which pairs do not even out,
-and that which was started first can be the slower one. So a round does all this twice, with each of the two services
-started first, and the interval is that of the rounds (Student's t, of logarithms).
+often; loads are short and their turns quick, since what else the machine does changes several times a second. What
+counts is all tokens by all seconds: most loads end between two scrapes, so a median would leave the scrapes out. Two
+processes of one program can differ in speed by how they happen to lie in memory, which pairs do not even out, and that
+which was started first can be the slower one. So a round does all this twice, with each of the two services started
+first, and the interval is that of the rounds (Student's t, of logarithms).
 
 Rounds that FILE of --json already has count, too. Options that are not known here are the service's, and so is a model;
 without one the embedded model is served, whose short steps make the most of what each costs.
@@ -211,10 +212,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--rounds", type=count, default=4, help="of new services, twice two (4)")
-    parser.add_argument("--pairs", type=count, default=20, help="of loads of two services (20)")
+    parser.add_argument("--pairs", type=count, default=80, help="of loads of two services (80)")
     parser.add_argument("--streams", type=count, default=8, help="requests at once (8)")
-    parser.add_argument("--max-tokens", type=count, default=64, help="of a request (64)")
-    parser.add_argument("--repeats", type=count, default=2, help="requests after one another in a load (2)")
+    parser.add_argument("--max-tokens", type=count, default=32, help="of a request (32)")
+    parser.add_argument("--repeats", type=count, default=1, help="requests after one another in a load (1)")
     parser.add_argument("--scrape-seconds", type=float, default=1.0, help="between two scrapes (1)")
     parser.add_argument("--tensor-parallel-size", "-tp", type=count, default=2, help="ranks (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
