@@ -24,11 +24,8 @@ import re
 import socket
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,9 +85,16 @@ class Scraper:
 
 
 class Client:
-    """Asks one service, over connections that it keeps."""
+    """Asks one service, over connections that it keeps.
 
-    def __init__(self, url: str, streams: int, max_tokens: int) -> None:
+    Args:
+        url: of the service.
+        streams: requests at once.
+        max_tokens: of a request.
+        scrape_seconds: of loads, after which /metrics is scraped again; None is never.
+    """
+
+    def __init__(self, url: str, streams: int, max_tokens: int, scrape_seconds: float | None) -> None:
         self._host = urlsplit(url).netloc
         self._connections = [http.client.HTTPConnection(self._host, timeout=REQUEST_SECONDS) for _ in range(streams)]
         self._body = json.dumps(
@@ -98,35 +102,33 @@ class Client:
         )
         self._tokens = streams * max_tokens
         self._scraper = Scraper(self._host)
-        self._scraped_at = -math.inf  # by the clock of `_loaded_seconds` …
-        self._loaded_seconds = 0.0  # … which only runs while there is load that is scraped
+        self._scrape_seconds = scrape_seconds
+        self._until_scrape = 0.0
         self.scrape_bytes: list[int] = []
+
+    def warm_up(self) -> None:
+        """Have the service do once what it does more slowly for the first time."""
+        self._scraper.scrape()
+        self.run_load(1)
 
     def run_load(self, repeats: int) -> float:
         """Return the tokens a second of all connections, each of which asks so often, one request after the other."""
         with ThreadPoolExecutor(len(self._connections)) as pool:
             began = time.perf_counter()
-            list(pool.map(lambda connection: self._complete(connection, repeats), self._connections))
+            loads = [pool.submit(self._complete, connection, repeats) for connection in self._connections]
+            self._scrape_during(loads, began)
+            for load in loads:
+                load.result()
             return self._tokens * repeats / (time.perf_counter() - began)
 
-    @contextmanager
-    def scraped(self, seconds: float) -> Iterator[None]:
-        """Scrape /metrics each so many seconds; the time between two of these blocks does not count."""
-        ended = threading.Event()
-        began = time.perf_counter() - self._loaded_seconds
-        thread = threading.Thread(target=self._scrape, args=(seconds, began, ended))
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self._loaded_seconds = time.perf_counter() - began
-
-    def _scrape(self, seconds: float, began: float, ended: threading.Event) -> None:
-        while not ended.wait(max(0.0, self._scraped_at + seconds - (time.perf_counter() - began))):
-            self._scraped_at = time.perf_counter() - began
+    def _scrape_during(self, loads: list[Future[None]], began: float) -> None:
+        """Scrape /metrics as often as is due, in this thread, which has nothing else to do."""
+        if self._scrape_seconds is None:
+            return
+        while wait(loads, max(0.0, began + self._until_scrape - time.perf_counter())).not_done:
+            self._until_scrape += self._scrape_seconds
             self.scrape_bytes.append(self._scraper.scrape())
+        self._until_scrape -= time.perf_counter() - began
 
     def _complete(self, connection: http.client.HTTPConnection, repeats: int) -> None:
         for _ in range(repeats):
@@ -148,18 +150,17 @@ def run_pairs(namespace: argparse.Namespace, arguments: list[str], names: tuple[
     options[WITHOUT] = [*options[WITH], "--no-step-timing"]
     pairs: list[dict[str, float]] = []
     with running_service(options[names[0]]) as url, running_service(options[names[1]]) as other_url:
+        scrape_seconds = {WITH: namespace.scrape_seconds, WITHOUT: None}
         clients = {
-            name: Client(address, namespace.streams, namespace.max_tokens)
+            name: Client(address, namespace.streams, namespace.max_tokens, scrape_seconds[name])
             for name, address in zip(names, (url, other_url), strict=True)
         }
         for client in clients.values():
-            client.run_load(1)
+            client.warm_up()
         for number in range(namespace.pairs):
             pair = {}
             for name in names if number % 2 == 0 else reversed(names):
-                scraped = clients[name].scraped(namespace.scrape_seconds) if name == WITH else nullcontext()
-                with scraped:
-                    pair[name] = clients[name].run_load(namespace.repeats)
+                pair[name] = clients[name].run_load(namespace.repeats)
             pairs.append(pair)
     sizes = clients[WITH].scrape_bytes
     return {"started_first": names[0], "pairs": pairs, "scrapes": len(sizes), "scrape_bytes": max(sizes)}
