@@ -20,17 +20,29 @@ from tests.fault.test_chaos import EXACT, RANK_TIMEOUT, bodies, check, ready_of,
 from tests.service_process import ServiceProcess, wait_until
 
 PIDFD_GETFD = 438  # of every architecture
+CUT_SECONDS = 60.0  # within which there is something to cut again
 CONNECTED = "03"  # in /proc/net/unix
 
 
 def cut(pid: int, name: str) -> int:
-    """Shut down a process's connected sockets that are bound to a path with `name` in it; return how many."""
+    """Shut down a process's connected sockets that are bound to a path with `name` in it; return how many.
+
+    Those of a process that has ended are none.
+    """
     inodes = {
         fields[6]
         for line in Path("/proc/net/unix").read_text().splitlines()[1:]
         if len(fields := line.split()) == 8 and name in fields[7] and fields[5] == CONNECTED
     }
-    return sum(_shut_down(pid, descriptor) for descriptor in _descriptors(pid, inodes))
+    try:
+        return sum(_shut_down(pid, descriptor) for descriptor in _descriptors(pid, inodes))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def cut_at_rank_0(service: ServiceProcess, name: str) -> bool:
+    """Return whether there was one to cut."""
+    return any(cut(rank["pid"], name) == 1 for rank in ready_of(service)["ranks"][:1])
 
 
 def _descriptors(pid: int, inodes: set[str]) -> Iterator[int]:
@@ -60,7 +72,8 @@ def test_a_link_that_is_cut_is_a_pause(name: str) -> None:
         with Crowd(service.url, requests) as crowd:
             for share in (1, 2, 3):
                 crowd.wait_for_tokens(200 * share)
-                assert cut(ready_of(service)["ranks"][0]["pid"], name) == 1
+                # So many tokens may have come before the last cut: then its group is still the one that is shown.
+                wait_until(lambda: cut_at_rank_0(service, name), CUT_SECONDS)
             streams = crowd.finish()
         check(streams, expected)
         if name == "engine-":  # of the other nothing is lost where no step was on its way: it is connected again
