@@ -22,6 +22,7 @@ from tests.monitoring import FILES, Alertmanager, Listener, Prometheus, Webhook,
 from tests.service_process import REQUEST_SECONDS, ROOT, ServiceProcess, wait_until
 
 RECOVERIES = 3  # that the alert takes
+SAMPLES = 10  # increase() adds the growth of up to 1.5 intervals
 RANKS_DIE_OFTEN = "RyzansteinRanksDieOften"
 BODY = {"prompt": "import ", "max_tokens": 16, "ignore_eos": True}
 KEYS = [{"name": "team-a", "key": "sk-a"}, {"name": "team-b", "key": "sk-b"}]
@@ -63,9 +64,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         Alertmanager(folder, webhook.url) as alertmanager,
         Prometheus(folder, service.url, alertmanager.url) as prometheus,
     ):
-        # Rates need the zeros before the first event.
-        wait_until(lambda: prometheus.value("ryzanstein_engine_ready") == 1, 60)
+        # Rates need the zeros before the first event, and over few samples two recoveries may look like three.
+        wait_until(lambda: prometheus.value(f"count_over_time(ryzanstein_engine_ready[15m]) >= {SAMPLES}") > 0, 60)
         load(service)
+        # Of each rank, a first report, before the load at the end is compared with it.
+        wait_until(lambda: prometheus.value('count(ryzanstein_step_phase_seconds_sum{phase="compute"})') == 2, 60)
         for number in range(1, RECOVERIES + 1):
             lose_a_rank(service)
             wait_until(lambda: prometheus.value("ryzanstein_recoveries_total") == number, 60)  # noqa: B023  # at once
