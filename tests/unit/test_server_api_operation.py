@@ -1,5 +1,6 @@
 """Health, readiness, metrics, documentation, and the HTTP below it all."""
 
+import inspect
 import json
 import re
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.protocol.messages import (
@@ -20,6 +22,7 @@ from engine.protocol.messages import (
     StatsReport,
 )
 from engine.protocol.stats import BATCH_SIZE_BUCKETS, STEP_BUCKETS, STEP_TOKENS_BUCKETS, TIME_BUCKETS
+from server.app import ROUTERS
 from server.text.chat_template import ChatTemplate
 from tests.metric_samples import sample_lines
 from tests.unit.server_support import (
@@ -347,3 +350,11 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
     assert (metric(server, "num_requests_running"), metric(server, "num_requests_waiting")) == (3, 2)
     assert (metric(server, "kv_cache_blocks"), metric(server, "kv_cache_used_blocks")) == (64, 48)
     assert metric(server, "kv_cache_usage_perc") == 0.75
+
+
+def test_no_request_waits_for_a_thread() -> None:
+    """FastAPI calls routes and dependencies in one, where they are plain functions."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    calls = [(route.endpoint, *(dependency.call for dependency in route.dependant.dependencies)) for route in routes]
+    assert {len(each) for each in calls} == {1, 2}  # with the service, and without
+    assert [call for each in calls for call in each if not inspect.iscoroutinefunction(call)] == []
