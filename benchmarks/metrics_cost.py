@@ -65,10 +65,10 @@ class Scraper:
         self._socket.sendall(self._request)
         read = end = 0
         while not end or read < end:
-            count = self._socket.recv_into(memoryview(self._answer)[read:])
-            if count == 0:
+            received = self._socket.recv_into(memoryview(self._answer)[read:])
+            if received == 0:
                 raise ConnectionError("the service closed the connection before the end of /metrics")
-            read += count
+            read += received
             end = end or self._end_of_answer(read)
         return end
 

@@ -352,7 +352,7 @@ def test_the_engines_statistics_are_added_up(server: RunningServer) -> None:
     assert metric(server, "kv_cache_usage_perc") == 0.75
 
 
-def test_no_request_waits_for_a_thread() -> None:
+def test_no_request_goes_through_a_thread_to_its_route() -> None:
     """FastAPI calls routes and dependencies in one, where they are plain functions."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     calls = [(route.endpoint, *(dependency.call for dependency in route.dependant.dependencies)) for route in routes]
