@@ -169,6 +169,7 @@ class ScriptedEngine:
         self.step_seconds = 0.0
         self.is_paused = False  # takes requests and emits nothing
         self.fails_after: int | None = None  # tokens
+        self.holds_after: int | None = None  # tokens of a sequence: no more of it comes
         self.batches: list[RequestBatch] = []
         self._tokenizer = tokenizer
         eos = tokenizer.token_to_id(EOS)
@@ -208,13 +209,15 @@ class ScriptedEngine:
     async def _step(self, channel: AsyncChannel) -> None:
         for step in range(10**9):
             await asyncio.sleep(self.step_seconds or 0.001)
-            running = [] if self.is_paused else self._running.values()
-            outputs = [sequence.next(self.fails_after) for sequence in running]
+            outputs = [sequence.next(self.fails_after) for sequence in self._running.values() if self._is_due(sequence)]
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._running[output.request_id]
             if outputs:
                 await channel.send(TokenBatch(epoch=1, step=step, outputs=outputs))
+
+    def _is_due(self, sequence: _Sequence) -> bool:
+        return not self.is_paused and (self.holds_after is None or sequence.emitted < self.holds_after)
 
 
 class ServerLog(logging.Handler):

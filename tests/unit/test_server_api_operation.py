@@ -210,6 +210,7 @@ def metric(server: RunningServer, name: str) -> float | None:
 def test_latencies_and_tokens_are_counted(server: RunningServer) -> None:
     server.engine.script = lambda _: "abc"
     post(server, COMPLETIONS, {"prompt": [5, 6, 7], "n": 2, "ignore_eos": True, "max_tokens": 5})
+    server.engine.holds_after = 1  # what came between the stop string and the abort would count too
     post(server, COMPLETIONS, {"prompt": [5], "stop": "a"})
     assert metric(server, "prompt_tokens_total") == 4
     assert metric(server, 'request_success_total{finished_reason="length"}') == 2
