@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from arguments import count
+from arguments import count, seconds
 from running_service import running_service
 
 REQUEST_SECONDS = 300.0
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--streams", type=count, default=8, help="requests at once (8)")
     parser.add_argument("--max-tokens", type=count, default=32, help="of a request (32)")
     parser.add_argument("--repeats", type=count, default=1, help="requests after one another in a load (1)")
-    parser.add_argument("--scrape-seconds", type=float, default=1.0, help="between two scrapes (1)")
+    parser.add_argument("--scrape-seconds", type=seconds, default=1.0, help="between two scrapes (1)")
     parser.add_argument("--tensor-parallel-size", "-tp", type=count, default=2, help="ranks (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     namespace, arguments = parser.parse_known_args()  # what is unknown is the service's: a model, other options

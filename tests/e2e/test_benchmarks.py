@@ -100,6 +100,11 @@ def test_the_cost_of_metrics_is_told_by_token_and_page(tmp_path: Path) -> None:
         ("http_decode.py", [EMBEDDED_MODEL, "--batch", 0], "argument --batch: must be at least 1, not 0"),
         ("startup.py", ["--runs", 0], "argument --runs: must be at least 1, not 0"),
         ("metrics_cost.py", ["--pairs", 0], "argument --pairs: must be at least 1, not 0"),
+        (
+            "metrics_cost.py",
+            ["--scrape-seconds", 0],
+            "argument --scrape-seconds: must be above 0 and finite, not 0",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_line(script: str, arguments: list[object], problem: str) -> None:
