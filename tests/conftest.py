@@ -5,12 +5,18 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import httpx._config
 import pytest
+from hypothesis import settings
 
 from engine.protocol.config import KERNELS
 from tests.kernels import KERNELS_VARIABLE, usable_kernels
 
 FIGURES = pytest.StashKey[list[str]]()
+ANSWER_SECONDS = 60.0  # for what states no time of its own: only a hang should exceed it
+
+settings.register_profile("patient", settings(), deadline=None)  # no property is one of time
+settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    waits = httpx._config.DEFAULT_TIMEOUT_CONFIG  # 5 s, which a busy machine takes now and then
+    waits.connect = waits.read = waits.write = waits.pool = ANSWER_SECONDS
     config.stash[FIGURES] = []
     caches = tempfile.TemporaryDirectory(prefix="ryzanstein-test-caches-")  # what tests start writes nothing at home
     config.add_cleanup(caches.cleanup)

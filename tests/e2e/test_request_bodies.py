@@ -181,7 +181,6 @@ def exercise(service: ServiceProcess, requests: Strategy, num_examples: int) -> 
         @settings(
             max_examples=num_examples,
             derandomize=True,
-            deadline=None,
             database=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

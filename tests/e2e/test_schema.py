@@ -68,7 +68,6 @@ def call_often(
     @settings(
         max_examples=count,
         derandomize=True,
-        deadline=None,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -362,14 +362,14 @@ def refusal(server: RunningServer, path: str, body: bytes, status: int = 400) ->
     return error
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
+def wait_until(condition: Callable[[], bool], timeout: float = 30.0) -> bool:
     """Return whether `condition` came to hold in time."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if condition():
-            return True
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.01)
-    return False
+    return True
 
 
 def raw_exchange(server: RunningServer, sent: bytes) -> bytes:

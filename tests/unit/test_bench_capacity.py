@@ -39,7 +39,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configs(), st.data())
 def test_the_formula_gives_what_a_ranks_layers_hold(config: ModelConfig, data: st.DataObject) -> None:
     tp_size = data.draw(st.sampled_from(config.tensor_parallel_sizes))

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata, FileMetadata, TensorMetadata, file_name
@@ -83,7 +83,6 @@ def checkpoints(draw: st.DrawFn) -> CheckpointMetadata:
     )
 
 
-@settings(deadline=None)
 @given(checkpoints())
 def test_what_goes_in_comes_out(metadata: CheckpointMetadata) -> None:
     content = metadata.to_dict()
@@ -92,7 +91,6 @@ def test_what_goes_in_comes_out(metadata: CheckpointMetadata) -> None:
     assert CheckpointMetadata.parse(metadata.to_json(), Path("it")) == metadata
 
 
-@settings(deadline=None)
 @given(checkpoints())
 def test_every_tensor_is_in_one_file_of_each_rank(metadata: CheckpointMetadata) -> None:
     for rank in range(metadata.tp_size):
@@ -103,7 +101,6 @@ def test_every_tensor_is_in_one_file_of_each_rank(metadata: CheckpointMetadata) 
         assert tensor in metadata.tensors_in(metadata.file_of(tensor, 0))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_anything_else_is_an_error_that_names_the_file(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"^some/metadata.json: "):

@@ -122,7 +122,7 @@ def test_tokens_are_those_of_torch_over_a_large_vocabulary(spread: float, sample
     assert sampler(logits, rows, [1] * len(rows)) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(
         st.one_of(

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -110,7 +110,6 @@ def chunk_sizes(draw: st.DrawFn) -> list[list[int]]:
     return [[*prompt, *[1] * draw(st.integers(0, 3))] for prompt in prompts]
 
 
-@settings(deadline=None)
 @given(
     steps_of=chunk_sizes(),
     kv_heads=st.integers(1, 3),
@@ -179,7 +178,6 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
         assert (output.double() - reference).abs().max() <= tolerance * reference.abs().max()
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), share=st.integers(1, 3), seed=st.integers(0, 99))
 def test_dense_attention_attends_within_each_packed_sequence(lengths: list[int], share: int, seed: int) -> None:
     sequences, _ = make_sequences(lengths, (2 * share, 2), 4, seed)

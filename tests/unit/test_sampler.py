@@ -236,7 +236,7 @@ def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.empty(0, 10), [], []) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=st.lists(st.integers(-40, 40), min_size=1, max_size=60),
     temperature=st.sampled_from([1e-5, 0.1, 0.7, 1.0, 2.0, 100.0]),

@@ -22,7 +22,7 @@ from tests.unit.scheduler_support import (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     drawn_requests(),
     st.lists(st.integers(0, 5), min_size=1, max_size=8),
@@ -62,7 +62,7 @@ def test_every_request_gets_what_it_would_get_alone(
     assert scheduler.take_stats().num_free_kv_blocks == num_kv_blocks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(drawn_requests(), st.integers(1, 12), st.booleans(), st.data())
 def test_aborts_at_any_moment_leave_the_others_and_the_blocks_whole(
     drawn: list[Request], budget: int, one_step_late: bool, data: st.DataObject

@@ -44,7 +44,7 @@ class Received:
         )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(drawn_requests(), st.lists(st.integers(0, 12), max_size=6), st.integers(1, 20), st.booleans(), st.booleans())
 def test_engines_lost_at_any_moment_change_nothing(
     requests: list[Request], lives: list[int], budget: int, one_step_late: bool, enable_prefix_caching: bool

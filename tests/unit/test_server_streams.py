@@ -63,6 +63,15 @@ def begin(server: RunningServer, path: str, number: int, **fields: Any) -> list[
         return take(response, number)
 
 
+def begin_unfinished(server: RunningServer, path: str, number: int, **fields: Any) -> list[tuple[int, str]]:
+    """Open a stream, and leave it after so many events, before its end; return when the server knows."""
+    server.engine.holds_after = number + 5
+    found = begin(server, path, number, **fields)
+    assert wait_until(lambda: server.client.num_in_flight == 0)
+    server.engine.holds_after = None
+    return found
+
+
 def go_on(server: RunningServer, stream_id: str, last: int | None, number: int = 10**9) -> list[tuple[int, str]]:
     headers = {} if last is None else {"last-event-id": str(last)}
     with httpx.stream("GET", f"{server.url}{STREAMS}/{stream_id}", headers=headers, timeout=30) as response:
@@ -123,9 +132,8 @@ def test_a_stream_cut_anywhere_goes_on_as_if_it_had_not_been(
 
 
 def test_a_stream_that_nobody_reads_leaves_the_engine_at_once_and_is_no_end(patient: RunningServer) -> None:
-    stream_id = id_of(begin(patient, COMPLETIONS, 5, n=2))
-    assert wait_until(lambda: len(patient.engine.aborted) == 2, timeout=1.0)
-    assert patient.client.num_in_flight == 0
+    stream_id = id_of(begin_unfinished(patient, COMPLETIONS, 5, n=2))
+    assert wait_until(lambda: len(patient.engine.aborted) == 2)
     assert (metric(patient, "streams_kept "), metric(patient, "stream_resumptions_total")) == (1, 0)
     assert metric(patient, "request_success_total") == 0
     assert go_on(patient, stream_id, None)[-1][1] == "[DONE]"
@@ -135,7 +143,7 @@ def test_a_stream_that_nobody_reads_leaves_the_engine_at_once_and_is_no_end(pati
 
 
 def test_a_stream_goes_on_behind_what_the_server_had_of_it(patient: RunningServer) -> None:
-    found = begin(patient, COMPLETIONS, 20, return_token_ids=True)
+    found = begin_unfinished(patient, COMPLETIONS, 20, return_token_ids=True)
     go_on(patient, id_of(found), 20)
     first, second = patient.engine.requests
     assert second.prompt_token_ids == first.prompt_token_ids
@@ -168,8 +176,7 @@ def test_an_error_before_the_first_event_leaves_no_stream(server: RunningServer)
 
 
 def test_an_engine_lost_for_good_is_the_last_event_of_a_stream_that_is_gone_on_with(patient: RunningServer) -> None:
-    found = begin(patient, COMPLETIONS, 5)
-    assert wait_until(lambda: patient.client.num_in_flight == 0)
+    found = begin_unfinished(patient, COMPLETIONS, 5)
     patient.fail("all is lost")
     rest = go_on(patient, id_of(found), found[-1][0])
     assert json.loads(rest[-1][1])["error"] == {
@@ -194,8 +201,7 @@ def test_a_stream_that_never_was_is_not_found(server: RunningServer) -> None:
 
 def test_a_stream_is_forgotten_when_nobody_came_back_in_time(model: Path) -> None:
     with running_server(model, stream_resume_timeout=0.3) as server:
-        server.engine.step_seconds = 0.005
-        stream_id = id_of(begin(server, COMPLETIONS, 5, n=3))
+        stream_id = id_of(begin_unfinished(server, COMPLETIONS, 5, n=3))
         ended = json.loads(events(post(server, COMPLETIONS, body_of(COMPLETIONS)))[0])["id"]
         assert wait_until(lambda: metric(server, "streams_kept") == 0)
         assert metric(server, 'request_success_total{finished_reason="abort"}') == 3
@@ -205,8 +211,7 @@ def test_a_stream_is_forgotten_when_nobody_came_back_in_time(model: Path) -> Non
 
 def test_streams_are_not_kept_where_that_is_switched_off(model: Path) -> None:
     with running_server(model, stream_resume_timeout=0) as server:
-        server.engine.step_seconds = 0.005
-        stream_id = id_of(begin(server, COMPLETIONS, 5))
+        stream_id = id_of(begin_unfinished(server, COMPLETIONS, 5))
         assert wait_until(lambda: metric(server, 'request_success_total{finished_reason="abort"}') == 1)
         status, error = refusal(server, stream_id)
         assert (status, "not kept here" in error["message"]) == (404, True)
@@ -231,11 +236,15 @@ def refusal_of_a_missing_one(server: RunningServer, stream_id: str) -> tuple[int
 
 
 def test_who_comes_back_takes_the_stream_over_from_a_connection_that_seems_open(patient: RunningServer) -> None:
-    body = body_of(COMPLETIONS, max_tokens=200)
-    with httpx.stream("POST", patient.url + COMPLETIONS, json=body, timeout=30) as old:
+    patient.engine.holds_after = 20
+    with httpx.stream("POST", patient.url + COMPLETIONS, json=body_of(COMPLETIONS), timeout=30) as old:
         lines = old.iter_lines()
         found = take_from(lines, 5)
-        found += go_on(patient, id_of(found), 5)
+        with httpx.stream("GET", f"{patient.url}{STREAMS}/{id_of(found)}", headers={"last-event-id": "5"}) as new:
+            new_lines = new.iter_lines()
+            found += take_from(new_lines, 1)
+            patient.engine.holds_after = None
+            found += take_from(new_lines, 10**9)
         with pytest.raises(httpx.TransportError):
             for _ in lines:
                 pass
@@ -245,8 +254,8 @@ def test_who_comes_back_takes_the_stream_over_from_a_connection_that_seems_open(
 
 
 def test_of_many_that_come_back_at_once_the_last_gets_the_stream(patient: RunningServer) -> None:
-    found = begin(patient, COMPLETIONS, 5, max_tokens=200)
-    stream_id = id_of(found)
+    stream_id = id_of(begin_unfinished(patient, COMPLETIONS, 5))
+    patient.engine.holds_after = 10
     ends: list[bool] = []
 
     def come_back() -> None:
@@ -258,6 +267,8 @@ def test_of_many_that_come_back_at_once_the_last_gets_the_stream(patient: Runnin
     threads = [threading.Thread(target=come_back) for _ in range(5)]
     for thread in threads:
         thread.start()
+    assert wait_until(lambda: metric(patient, "stream_resumptions_total") == len(threads))
+    patient.engine.holds_after = None
     for thread in threads:
         thread.join(30)
     assert sorted(ends) == [False] * 4 + [True]

@@ -122,7 +122,7 @@ def test_an_all_reduce_is_the_sum_in_rank_order_on_every_rank(
             check_near_float64(expected, tensors)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     world_size=st.integers(2, 5),
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=4),

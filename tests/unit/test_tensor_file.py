@@ -50,7 +50,6 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 @given(KINDS)
-@settings(deadline=None)
 def test_what_is_written_opens_with_the_stock_library(kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     tensors = {name: draw_tensor(*kind, seed) for seed, (name, kind) in enumerate(kinds.items())}
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +163,7 @@ def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(tmp_path: Path, 
 
 
 @given(st.integers(0), st.integers(0, 255))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_flipped_byte_of_the_header_is_refused_or_reads_what_is_there(position: int, value: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "file")

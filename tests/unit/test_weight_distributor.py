@@ -124,7 +124,7 @@ def save_hugging_face(config: ModelConfig, directory: Path, dtype: torch.dtype, 
     return tensors
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     config=configs(),
     data=st.data(),
@@ -167,7 +167,7 @@ def test_any_checkpoint_loads_at_any_size_as_the_original_does(
         assert told == num_bytes(model)  # progress ends at the whole
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs(), data=st.data())
 def test_put_together_a_checkpoint_is_the_original(
     config: ModelConfig, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
