@@ -73,6 +73,8 @@ class Hub:
     bytes_per_second: float = float("inf")  # of all large files together
     asked: list[Asked] = field(default_factory=list)
     sent: int = 0  # bytes of large files
+    holds_after: int | None = None  # bytes of large files: no more is sent
+    num_sending: int = 0  # large files
     knows_ranges: bool = True
     refuses_with: HTTPStatus | None = None  # whatever it is asked
     refusal: str = ""  # the hub's word for why
@@ -206,12 +208,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - begin))
         self.end_headers()
         if self.command == "GET":
+            with self.hub.lock:
+                self.hub.num_sending += 1
             self._send_slowly(memoryview(content)[begin:])
+            with self.hub.lock:
+                self.hub.num_sending -= 1
 
     def _send_slowly(self, content: memoryview) -> None:
         for begin in range(0, len(content), CHUNK):
             chunk = content[begin : begin + CHUNK]
             time.sleep(len(chunk) / self.hub.bytes_per_second)
+            while self.hub.holds_after is not None and self.hub.sent >= self.hub.holds_after:
+                time.sleep(0.01)
             try:
                 self.wfile.write(chunk)
             except (BrokenPipeError, ConnectionResetError):

@@ -167,6 +167,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.script: Callable[[Request], str] = lambda request: f"choice {request.sampling.choice_index}"
         self.step_seconds = 0.0
+        self.num_steps = 0
         self.is_paused = False  # takes requests and emits nothing
         self.fails_after: int | None = None  # tokens
         self.holds_after: int | None = None  # tokens of a sequence: no more of it comes
@@ -207,14 +208,15 @@ class ScriptedEngine:
             self._running.pop(request_id, None)
 
     async def _step(self, channel: AsyncChannel) -> None:
-        for step in range(10**9):
+        while True:
             await asyncio.sleep(self.step_seconds or 0.001)
             outputs = [sequence.next(self.fails_after) for sequence in self._running.values() if self._is_due(sequence)]
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._running[output.request_id]
             if outputs:
-                await channel.send(TokenBatch(epoch=1, step=step, outputs=outputs))
+                await channel.send(TokenBatch(epoch=1, step=self.num_steps, outputs=outputs))
+            self.num_steps += 1
 
     def _is_due(self, sequence: _Sequence) -> bool:
         return not self.is_paused and (self.holds_after is None or sequence.emitted < self.holds_after)

@@ -49,10 +49,12 @@ def test_a_port_in_use_fails_in_servings_words() -> None:
 
 def test_a_collector_of_traces_that_does_not_answer_is_a_warning() -> None:
     assert "traces" not in examined(EMBEDDED_MODEL)
-    with socket.create_server(("127.0.0.1", 0)) as collector:
+    with socket.socket() as collector:
+        collector.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{collector.getsockname()[1]}/v1/traces"
+        result = examined(EMBEDDED_MODEL, otlp_traces_endpoint=url)["traces"]
+        collector.listen()
         assert examined(EMBEDDED_MODEL, otlp_traces_endpoint=url)["traces"].status is OK
-    result = examined(EMBEDDED_MODEL, otlp_traces_endpoint=url)["traces"]
     assert (result.status, result.detail) == (WARNING, f"{url} does not answer: Connection refused")
 
 

@@ -1,6 +1,7 @@
 """The image's health check, as the container engine runs it: a process with the service's variables."""
 
 import json
+import socket
 import ssl
 import subprocess
 import sys
@@ -74,9 +75,9 @@ def test_what_is_no_answer_of_the_service_is_one_line(answer: bytes) -> None:
 
 
 def test_a_port_on_which_nobody_listens_is_one_line() -> None:
-    with service(b"") as port:
-        pass
-    done = check(PORT=str(port))
+    with socket.socket() as bound:  # it does not listen
+        bound.bind(("127.0.0.1", 0))
+        done = check(PORT=str(bound.getsockname()[1]))
     assert done.returncode == 1
     assert "Connection refused" in done.stderr
     assert done.stderr.count("\n") == 1

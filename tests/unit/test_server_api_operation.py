@@ -23,6 +23,7 @@ from engine.protocol.messages import (
 )
 from engine.protocol.stats import BATCH_SIZE_BUCKETS, STEP_BUCKETS, STEP_TOKENS_BUCKETS, TIME_BUCKETS
 from server.app import ROUTERS
+from server.text import chat_template
 from server.text.chat_template import ChatTemplate
 from tests.metric_samples import sample_lines
 from tests.unit.server_support import (
@@ -267,14 +268,15 @@ def test_whole_latencies_are_those_of_sequences_that_came_to_their_end(server: R
     assert metric(server, "e2e_request_latency_seconds_count") == 2
 
 
-def test_latencies_include_what_comes_before_the_engine(tmp_path: Path) -> None:
+def test_latencies_include_what_comes_before_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 60.0)
     model = write_model(tmp_path)
     loops = "{% for _ in range(30000) %}{% for _ in range(30) %}{% endfor %}{% endfor %}hello"
     (model / "chat_template.jinja").write_text(loops)
     with running_server(model) as server:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         ChatTemplate(loops, {}).render([])
-        slow = time.perf_counter() - begin
+        slow = time.thread_time() - begin
         post(server, CHAT, {"messages": MESSAGES}).raise_for_status()
         first, whole = (metric(server, f"{name}_sum") for name in ("time_to_first_token_seconds", LATENCY))
     assert slow > 0.05

@@ -110,13 +110,14 @@ def test_refusals_of_middleware_are_counted(model: Path) -> None:
 
 
 def test_a_stream_is_in_progress_until_it_ends(server: RunningServer) -> None:
-    server.engine.step_seconds = 0.01
-    body = {"prompt": "x", "stream": True, "max_tokens": 200, "ignore_eos": True}
+    server.engine.holds_after = 5
+    body = {"prompt": "x", "stream": True, "max_tokens": 20, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}{COMPLETIONS}", json=body, timeout=30) as stream:
         events = stream.iter_lines()
         next(events)
         assert in_progress(server) == 2  # and the one that asks
         assert (COMPLETIONS, "POST", "200") not in responses(server)
+        server.engine.holds_after = None
         assert list(events)[-2] == "data: [DONE]"
     assert wait_until(lambda: in_progress(server) == 1)
     assert responses(server)[COMPLETIONS, "POST", "200"] == 1

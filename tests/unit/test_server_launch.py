@@ -24,7 +24,8 @@ def test_a_process_that_cannot_be_started_leaves_no_folder(folder: Path) -> None
     assert list(folder.iterdir()) == []
 
 
-def test_a_process_that_was_stopped_leaves_no_folder(folder: Path) -> None:
+def test_a_process_that_was_stopped_leaves_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.launch.STOP_SECONDS", 60)
     process = EngineProcess(EngineConfig(), command=("cat",))
     assert list(folder.iterdir()) == [process.run_dir]
     process.stop()

@@ -5,6 +5,7 @@ The ranks are threads here, each with a mapping and an end of its own. tests/int
 
 import mmap
 import os
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -221,7 +222,7 @@ def test_a_run_is_computing_but_for_its_collectives() -> None:
         runs = end.run_timer()
         runs.begin()
         if end.rank == 1:
-            time.sleep(0.3)
+            time.sleep(2)
         end.all_reduce(torch.ones(1))
         runs.end()
         return runs.take_runs(), end.take_times().whole["all_reduce"].sum
@@ -229,8 +230,8 @@ def test_a_run_is_computing_but_for_its_collectives() -> None:
     with ends_of(2) as ends:
         (quick, quick_communicating), (late, late_communicating) = on_all(ends, work)
     assert (quick[1], late[1]) == pytest.approx((quick_communicating, late_communicating))
-    assert quick[0] < 0.25 < quick[1]
-    assert late[1] < 0.25 < late[0]
+    assert quick[0] < 1 < quick[1]
+    assert late[1] < 1 < late[0]
 
 
 def test_where_operations_are_not_timed_they_are_done_all_the_same() -> None:
@@ -250,14 +251,14 @@ def test_the_time_for_a_slower_rank_is_waiting() -> None:
 
     def work(end: SharedMemoryCollectives) -> None:
         if end.rank == 1:
-            time.sleep(0.3)
+            time.sleep(2)
         end.all_reduce(slow.clone())
 
     with ends_of(2) as ends:
         on_all(ends, work)
         quick, late = (end.take_times() for end in ends)
-    assert 0.25 < quick.waiting["all_reduce"].sum <= quick.whole["all_reduce"].sum
-    assert late.waiting["all_reduce"].sum < 0.25
+    assert 1 < quick.waiting["all_reduce"].sum <= quick.whole["all_reduce"].sum
+    assert late.waiting["all_reduce"].sum < 1
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -309,10 +310,10 @@ def test_ranks_that_do_not_do_the_same_all_learn_of_it(
 
 
 def test_a_rank_that_does_not_come_is_named_with_what_it_is_missing_in() -> None:
-    with ends_of(4, timeout_seconds=0.2) as ends:
+    with ends_of(4, timeout_seconds=2) as ends:
         present = [end for end in ends if end.rank != 2]
         for error in errors_of(present, lambda end: end.all_reduce(torch.ones(8))):
-            assert error.startswith("rank 2 has not come to all_reduce (32 bytes of float32) within 0.")
+            assert re.match(r"rank 2 has not come to all_reduce \(32 bytes of float32\) within [\d.]+ s", error)
         assert "rank 2 has not come" in errors_of([ends[0]], lambda end: end.barrier())[0]
 
 
@@ -336,7 +337,7 @@ def test_whoever_waits_for_a_waiting_rank_names_the_one_that_is_missing() -> Non
         for _ in range(3):
             end.broadcast(torch.ones(8), 1)
 
-    with ends_of(3, timeout_seconds=0.3) as ends:
+    with ends_of(3, timeout_seconds=2) as ends:
         for error in errors_of(ends[:2], work):
             assert error.startswith("rank 2 has not come to broadcast from rank 1")
 
