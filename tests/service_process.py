@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -93,6 +94,17 @@ class ServiceProcess:
         """Return the ranks' process ids, as /ready tells them."""
         ranks = httpx.get(f"{self.url}/ready").json()["ranks"]
         return [rank["pid"] for rank in ranks]
+
+    @contextmanager
+    def held(self, rank: int = 0) -> Iterator[None]:
+        """Keep a rank from going on inside the block: what is under way does not end, while the server answers."""
+        process = psutil.Process(self.rank_pids()[rank])
+        process.suspend()
+        try:
+            yield
+        finally:
+            with suppress(psutil.NoSuchProcess):  # it was killed meanwhile
+                process.resume()
 
     def metric(self, name: str, labels: str = "") -> float:
         """Return the sum of a metric's samples whose label text contains `labels`; 0 when there is none."""

@@ -49,9 +49,9 @@ class Watch:
             stopped_for = self._stopped_for[rank]
             since = 0.0 if stopped_for is None else stopped_for + elapsed
             self._stopped_for[rank] = since if self._is_stopped(rank) else None
-        return self._loss(self._stopped_for, "was stopped, and not continued within") or self._loss(
-            self._silent_for, "got no further with a step within"
-        )
+        if any(seconds is not None for seconds in self._stopped_for):  # the others wait for it
+            return self._loss(self._stopped_for, "was stopped, and not continued within")
+        return self._loss(self._silent_for, "got no further with a step within")
 
     def _loss(self, seconds: Sequence[float | None], what: str) -> Loss | None:
         hung = [rank for rank, of_rank in enumerate(seconds) if of_rank is not None and of_rank > self._timeout]

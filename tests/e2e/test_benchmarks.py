@@ -13,7 +13,7 @@ from engine.protocol.config import EMBEDDED_MODEL
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 200.0  # in which a script ends, on a busy machine too
-SHORT = ("--batch", "2", "--context", "32", "--max-tokens", "64", "--runs", "1")
+SHORT = ("--batch", "2", "--context", "32", "--max-tokens", "400", "--runs", "1")
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -72,7 +72,7 @@ def test_a_signal_ends_a_download_at_once_and_in_order(
     began = time.monotonic()
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # and not the drain time-out
     assert process.returncode == 0
     assert "Traceback" not in stderr
     leftovers.check(children)
@@ -99,15 +99,15 @@ def test_on_a_terminal_there_is_a_bar(hub: Hub, tmp_path: Path) -> None:
     environment = {**os.environ, **hub.environment(tmp_path)}
     process = subprocess.Popen([*SERVE, "org/big", "--port", "0"], stderr=terminal, env=environment)
     os.close(terminal)
-    shown = ""
+    shown = b""
     with contextlib.suppress(OSError):  # the terminal's end, if there was no bar
-        while not re.search(r"org/big: +\d+%\|.*/24\.0M", shown):
-            shown += os.read(reader, 4096).decode()
+        while not re.search(rb"org/big: +\d+%\|.*/24\.0M", shown):
+            shown += os.read(reader, 4096)
     process.terminate()
     code = process.wait(20)
     os.close(reader)
     hub.bytes_per_second = float("inf")
-    assert "/24.0M" in shown
+    assert b"/24.0M" in shown
     assert code == 0
 
 

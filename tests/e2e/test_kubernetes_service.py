@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import psutil
 import pytest
 
 from engine.protocol.config import EMBEDDED_MODEL
@@ -113,19 +115,33 @@ def test_a_pod_is_alive_from_its_first_answer_to_its_last_and_ready_only_when_it
     ):
         probes.wait_for("READY")
         assert_answers(service)
-        os.kill(service.rank_pids()[1], signal.SIGKILL)
-        probes.wait_for("RECOVERING")
+        with no_ranks_started(service):
+            os.kill(service.rank_pids()[1], signal.SIGKILL)
+            probes.wait_for("RECOVERING")
         probes.wait_for("READY")
         with httpx.stream("POST", f"{service.url}/v1/completions", json=LONG, headers=HEADERS) as stream:
             lines = stream.iter_lines()
             next(lines)
-            service.process.terminate()
-            probes.wait_for("DRAINING")
+            with service.held():
+                service.process.terminate()
+                probes.wait_for("DRAINING")
             assert "data: [DONE]" in lines
         assert service.process.wait(60) == 0
     assert {alive for alive, _, _ in probes.answers} == {200}
     states = {(ready, state) for _, ready, state in probes.answers}
     assert states == {(503, "STARTING"), (200, "READY"), (503, "RECOVERING"), (503, "DRAINING")}
+
+
+@contextmanager
+def no_ranks_started(service: ServiceProcess) -> Iterator[None]:
+    """Stop what ranks are forked from, inside the block."""
+    (orchestrator,) = psutil.Process(service.process.pid).children()
+    (forks,) = [child for child in orchestrator.children() if child.pid not in service.rank_pids()]
+    forks.suspend()
+    try:
+        yield
+    finally:
+        forks.resume()
 
 
 def assert_answers(service: ServiceProcess) -> None:

@@ -22,6 +22,7 @@ from tests.monitoring import FILES, Alertmanager, Listener, Prometheus, Webhook,
 from tests.service_process import REQUEST_SECONDS, ROOT, ServiceProcess, wait_until
 
 RECOVERIES = 3  # that the alert takes
+FIRST_TOKENS = "time_to_first_token_seconds_count"
 SAMPLES = 10  # increase() adds the growth of up to 1.5 intervals
 RANKS_DIE_OFTEN = "RyzansteinRanksDieOften"
 BODY = {"prompt": "import ", "max_tokens": 16, "ignore_eos": True}
@@ -96,13 +97,15 @@ def load(service: ServiceProcess) -> None:
 
 def lose_a_rank(service: ServiceProcess) -> None:
     """Kill a rank while a request is under way, which is answered all the same."""
-    begun = service.metric("ryzanstein_time_to_first_token_seconds_count")
+    begun, recoveries = (service.metric(f"ryzanstein_{name}") for name in (FIRST_TOKENS, "recoveries_total"))
     victim = psutil.Process(service.rank_pids()[1])
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, service, "sk-a", max_tokens=150)
-        wait_until(lambda: service.metric("ryzanstein_time_to_first_token_seconds_count") > begun, REQUEST_SECONDS)
+        answer = pool.submit(ask, service, "sk-a", max_tokens=600)
+        wait_until(lambda: service.metric(f"ryzanstein_{FIRST_TOKENS}") > begun, REQUEST_SECONDS)
         victim.kill()
         assert answer.result().status_code == 200
+    wait_until(lambda: service.metric("ryzanstein_recoveries_total") > recoveries, REQUEST_SECONDS)
+    wait_until(lambda: httpx.get(f"{service.url}/ready").status_code == 200, REQUEST_SECONDS)
 
 
 def with_values(expression: str) -> str:

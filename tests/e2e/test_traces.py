@@ -247,7 +247,10 @@ def test_what_waits_for_a_place_is_in_the_queue_for_so_long(service: ServiceProc
     traces = [new_trace() for _ in range(3)]
     body = {"prompt": "x", "max_tokens": 150, "ignore_eos": True}
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda trace: ask(service, "completions", trace[1], **body), traces))
+        with service.held():
+            answers = [pool.submit(ask, service, "completions", headers, **body) for _, headers in traces]
+            wait_until(lambda: service.metric("ryzanstein_queued_requests") == 1, 60)  # behind one that waits there
+        assert {answer.result().status_code for answer in answers} == {200}
     found = [receiver.trace(trace_id) for trace_id, _ in traces]
     decodes = sorted((each["decode"].start_time_unix_nano, each["decode"].end_time_unix_nano) for each in found)
     queues = sorted(each["queue"].end_time_unix_nano - each["queue"].start_time_unix_nano for each in found)

@@ -22,7 +22,7 @@ from tests.service_process import ServiceProcess, wait_until
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 FEWEST_LETTERS = 12  # of a text of the code, so that a message is known by it
-FOREVER = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "timeout": 1.0}
+FOREVER = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "timeout": 3.0}
 KEYS = """
 - {name: slow, key: sk-slow, requests_per_minute: 1}
 - {name: single, key: sk-single, max_concurrent_requests: 1}
@@ -233,7 +233,7 @@ def test_a_changed_byte_is_found_with_the_message(tmp_path: Path) -> None:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys.write_text(KEYS)
-    bounds = ("--max-num-seqs", "1", "--max-queued-requests", "1", "--rank-timeout", "1")
+    bounds = ("--max-num-seqs", "1", "--max-queued-requests", "1")
     with ServiceProcess(*bounds, "--api-key-file", str(keys)) as service:
         yield service
 
@@ -279,20 +279,21 @@ def test_a_stream_that_is_not_kept_gets_the_message(service: ServiceProcess) -> 
     assert message.search(answer), answer
 
 
-def test_lost_ranks_are_logged_with_their_messages(service: ServiceProcess) -> None:
-    (killed,) = messages_of("A rank was killed")
-    os.kill(service.rank_pids()[0], signal.SIGKILL)
-    wait_until(lambda: bool(killed.search(service.stderr)) and "epoch 2 is ready" in service.stderr, 60)
-    os.kill(service.rank_pids()[0], signal.SIGSTOP)
-    stopped, _ = messages_of("A rank hangs")
-    epoch_2 = re.compile(stopped.pattern.replace("epoch\\ 1", "epoch\\ 2"))
-    wait_until(lambda: bool(epoch_2.search(service.stderr)) and "epoch 3 is ready" in service.stderr, 60)
+def test_lost_ranks_are_logged_with_their_messages() -> None:
+    with ServiceProcess("--rank-timeout", "1") as service:
+        (killed,) = messages_of("A rank was killed")
+        os.kill(service.rank_pids()[0], signal.SIGKILL)
+        wait_until(lambda: bool(killed.search(service.stderr)) and "epoch 2 is ready" in service.stderr, 60)
+        os.kill(service.rank_pids()[0], signal.SIGSTOP)
+        stopped, _ = messages_of("A rank hangs")
+        epoch_2 = re.compile(stopped.pattern.replace("epoch\\ 1", "epoch\\ 2"))
+        wait_until(lambda: bool(epoch_2.search(service.stderr)) and "epoch 3 is ready" in service.stderr, 60)
 
 
 def test_an_end_is_logged_and_told_with_its_messages(service: ServiceProcess) -> None:
     (logged,), (told,) = messages_of("Answers are cut when the service is stopped"), messages_of("503: it is ending")
     headers = {"Authorization": "Bearer sk-any"}
-    body = FOREVER | {"stream": True, "timeout": 60}
+    body = FOREVER | {"stream": True, "timeout": 60, "n": 4}
     with httpx.stream("POST", f"{service.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
         lines = stream.iter_lines()  # as long as it is held, the connection is
         assert next(lines) == "id: 1", service.stderr

@@ -30,7 +30,7 @@ def be_rank(spec: RankSpec, rank: int) -> None:
         time.sleep(0.05)
     control.send(Ready(spec.epoch, rank, "same", 64, 1, {}))
     if rank == 0:
-        time.sleep(0.5)  # for the words to arrive
+        time.sleep(2)  # for the words to arrive
         is_dead.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.disks import mounted_disk
@@ -138,16 +139,34 @@ def with_shared_memory_of(size: str) -> tuple[str, ...]:
 
 
 def test_a_rank_that_dies_while_shared_memory_is_full_is_a_pause() -> None:
-    requests = bodies(8, 100)
+    requests = bodies(8, 250)
     serve = (sys.executable, "-P", "-m", "server", "serve", "-tp", "2", *EXACT, "--port", "0")
     with ServiceProcess(command=[*with_shared_memory_of("8m"), *serve]) as service:
         expected = undisturbed(service, requests)
-        with Crowd(service.url, requests) as crowd, kept_full(Path(f"/proc/{service.process.pid}/root/dev/shm")):
+        disk = Path(f"/proc/{service.process.pid}/root/dev/shm")
+        with Crowd(service.url, requests) as crowd, kept_full(disk):
             crowd.wait_for_tokens(200)
-            os.kill(service.rank_pids()[1], signal.SIGKILL)
+            kill_ranks_and_wait_until_full(service, disk)
             streams = crowd.finish()
+            wait_until(lambda: is_ready(service, 2), 60)
         check(streams, expected)
         assert "the ranks use gloo, which is slower, since they cannot share memory" in service.stderr
+
+
+def kill_ranks_and_wait_until_full(service: ServiceProcess, disk: Path) -> None:
+    """Kill them so that their memory is taken before the next ranks want theirs."""
+    (orchestrator,) = psutil.Process(service.process.pid).children()
+    ranks = [psutil.Process(pid) for pid in service.rank_pids()]
+    orchestrator.suspend()
+    for rank in ranks:
+        rank.kill()
+    wait_until(lambda: not any(is_running(rank) for rank in ranks), 60)
+    wait_until(lambda: os.statvfs(disk).f_bavail == 0, 60)
+    orchestrator.resume()
+
+
+def is_running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def is_ready(service: ServiceProcess, epoch: int) -> bool:

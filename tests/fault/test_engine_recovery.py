@@ -120,9 +120,8 @@ def test_a_rank_stuck_in_a_step_is_hung_and_the_steps_requests_are_named(
     monkeypatch.setenv("FAULTS_FOLDER", str(tmp_path))
     with EngineProcess(config(checkpoint, rank_timeout=1, max_num_seqs=2), FAULTS) as engine:
         for victim in range(2):
-            engine.submit([Request(name, [1, 2, 3], MANY) for name in ("first", "second", "waits")])
-            engine.receive()
             (tmp_path / f"wedge-{victim}").touch()
+            engine.submit([Request(name, [1, 2, 3], MANY) for name in ("first", "second", "waits")])
             recovery = recover(engine)
             assert recovery.kind == "hung"
             assert f"rank {victim} (pid" in recovery.cause

@@ -18,11 +18,11 @@ from tests.service_process import REQUEST_SECONDS, ServiceProcess, wait_until
 
 OPTIONS = ("-tp", "2", "--dtype", "float32", "--batch-invariant", "--stream-resume-timeout", "0")
 STREAMS = [
-    {"prompt": f"def f{index}(", "max_tokens": 150, "ignore_eos": True, "seed": index, "temperature": 0.9}
+    {"prompt": f"def f{index}(", "max_tokens": 400, "ignore_eos": True, "seed": index, "temperature": 0.9}
     for index in range(8)
 ]
 LONG_PROMPT = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n\n"
-COUNTED = {"max_tokens": 90, "min_tokens": 70, "temperature": 0.8}
+COUNTED = {"max_tokens": 220, "min_tokens": 180, "temperature": 0.8}
 BODIES: dict[str, dict[str, Any]] = {
     "choices with logprobs": {**COUNTED, "prompt": LONG_PROMPT, "n": 3, "seed": 1, "logprobs": 2},
     "the prompt's scores": {**COUNTED, "prompt": LONG_PROMPT, "seed": 2, "prompt_logprobs": 1},
@@ -171,7 +171,8 @@ def test_whatever_a_request_asks_for_is_answered_as_without_the_kill(service: Se
 
 
 def test_a_client_that_goes_away_while_there_is_no_engine_leaves_no_block(service: ServiceProcess) -> None:
-    with httpx.stream("POST", f"{service.url}/v1/completions", json={**STREAMS[0], "stream": True}) as response:
+    body = {**STREAMS[0], "max_tokens": 900, "stream": True}
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body) as response:
         next(response.iter_lines())
         orchestrator(service).kill()
         wait_until(lambda: readiness(service).json()["state"] == "RECOVERING", 30)
