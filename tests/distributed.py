@@ -4,7 +4,6 @@ import functools
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ import torch
 
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
+from tests.ports import free_port
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +46,7 @@ def run_on_ranks(
     ranks = _pool()
     while len(ranks) < tp_size:
         ranks.append(_Rank())
-    port = str(_free_port())
+    port = str(free_port())
     for index, rank in enumerate(ranks[:tp_size]):
         environment = {
             "RANK": str(index),
@@ -88,12 +88,6 @@ class _Rank:
 def _pool() -> list[_Rank]:
     """The processes of this test session; they end with it, being daemons."""
     return []
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _collect(ranks: list[_Rank]) -> list[Any]:

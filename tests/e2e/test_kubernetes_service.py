@@ -2,11 +2,11 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,11 @@ import pytest
 
 from engine.protocol.config import EMBEDDED_MODEL
 from tests.manifests import ROOT, Manifest, build, container_of, one, options_of_pod
+from tests.ports import free_port
 from tests.service_process import ServiceProcess, wait_until
 
 KEY = "a-key-of-a-secret"
-LONG: dict[str, Any] = {"prompt": "def f(", "max_tokens": 400, "ignore_eos": True, "stream": True}
+LONG: dict[str, Any] = {"prompt": "def f(", "max_tokens": 1000, "ignore_eos": True, "stream": True}
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
@@ -96,40 +97,44 @@ def variables(manifests: list[Manifest], volume: Path, port: int) -> Iterator[tu
             yield name, value.replace("/models/", f"{volume}/")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def test_a_pod_is_alive_from_its_first_answer_to_its_last_and_ready_only_when_it_takes_requests(
     manifests: list[Manifest], volume: Path
 ) -> None:
     container, port = container_of(one(manifests, "Deployment")), free_port()
     command = [sys.executable, "-P", "-m", "server", *container["args"]]
-    environment = dict(variables(manifests, volume, port))
-    with (
-        Probes(f"http://127.0.0.1:{port}", container) as probes,
-        ServiceProcess(command=command, environment=environment) as service,
-    ):
-        probes.wait_for("READY")
-        assert_answers(service)
-        with no_ranks_started(service):
-            os.kill(service.rank_pids()[1], signal.SIGKILL)
-            probes.wait_for("RECOVERING")
-        probes.wait_for("READY")
-        with httpx.stream("POST", f"{service.url}/v1/completions", json=LONG, headers=HEADERS) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            with service.held():
-                service.process.terminate()
-                probes.wait_for("DRAINING")
-            assert "data: [DONE]" in lines
-        assert service.process.wait(60) == 0
+    service = ServiceProcess(command=command, environment=dict(variables(manifests, volume, port)))
+    with Probes(f"http://127.0.0.1:{port}", container) as probes, ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(hold_up_the_start, service, probes)
+        with service:
+            starting.result()
+            probes.wait_for("READY")
+            assert_answers(service)
+            with no_ranks_started(service):
+                os.kill(service.rank_pids()[1], signal.SIGKILL)
+                probes.wait_for("RECOVERING")
+            probes.wait_for("READY")
+            with httpx.stream("POST", f"{service.url}/v1/completions", json=LONG, headers=HEADERS) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                with service.held():
+                    service.process.terminate()
+                    probes.wait_for("DRAINING")
+                assert "data: [DONE]" in lines
+            assert service.process.wait(60) == 0
     assert {alive for alive, _, _ in probes.answers} == {200}
     states = {(ready, state) for _, ready, state in probes.answers}
     assert states == {(503, "STARTING"), (200, "READY"), (503, "RECOVERING"), (503, "DRAINING")}
+
+
+def hold_up_the_start(service: ServiceProcess, probes: Probes) -> None:
+    """Stop the orchestrator of a service that is about to be started, until the probes have seen it start."""
+    wait_until(lambda: hasattr(service, "process") and bool(service.descendants()), 60)
+    (orchestrator,) = psutil.Process(service.process.pid).children()
+    orchestrator.suspend()
+    try:
+        probes.wait_for("STARTING")
+    finally:
+        orchestrator.resume()
 
 
 @contextmanager

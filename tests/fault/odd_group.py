@@ -16,7 +16,7 @@ from engine.orchestrator.orchestrator import MultiGPUOrchestrator
 from engine.protocol.config import read_spec
 from engine.protocol.environment import EPOCH_VARIABLE
 
-LAYER_SECONDS = 0.6
+LAYER_SECONDS = 0.4
 FIRST_EPOCH = 7
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from engine.communication.process_group import ProcessGroupManager
-from tests.distributed import _free_port
 from tests.leftovers import Leftovers
+from tests.ports import free_port
 
 END_SECONDS = 60.0  # generous: only a hang should exceed it
 SOON = 5.0
@@ -41,7 +41,7 @@ def work_until_it_fails(pipe: Connection, rank: int, size: int, port: int, timeo
 def working_ranks(size: int, timeout_seconds: float) -> Iterator[tuple[list[ForkServerProcess], list[Connection]]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
-    port = _free_port()
+    port = free_port()
     processes, pipes = [], []
     with Leftovers() as leftovers:
         for rank in range(size):

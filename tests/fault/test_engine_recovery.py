@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -158,12 +159,15 @@ def test_a_rank_that_is_continued_in_time_goes_on(checkpoint: Path) -> None:
 
 
 def test_a_step_that_takes_longer_than_the_time_out_but_gets_further_is_not_hung(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ODDITY", "slow")  # two layers of 0.6 s each
-    with EngineProcess(config(checkpoint, rank_timeout=1), ODD_GROUP) as engine:
-        sampling = SamplingParams(max_tokens=2, temperature=0.0)
-        assert len(engine.generate([Request("a", [1, 2, 3], sampling)])["a"]) == 2
+    monkeypatch.setenv("ODDITY", "slow")  # eight layers of 0.4 s each
+    checkpoint = random_llama(tmp_path, seed=1, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=8)
+    with EngineProcess(config(checkpoint, rank_timeout=2), ODD_GROUP) as engine:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        began = time.monotonic()
+        assert len(engine.generate([Request("a", [1, 2, 3], sampling)])["a"]) == 1
+        assert time.monotonic() - began > 2
 
 
 def test_an_error_in_a_step_is_followed_by_the_next_group(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

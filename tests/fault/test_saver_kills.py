@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import re
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from engine.communication.process_group import ProcessGroupManager
 from engine.parallel.base import split_evenly
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine.protocol.model_directory import find_model_directory, steps_in
+from tests.ports import free_port
 
 TP_SIZE = 2
 WIDTH = 401  # odd, so that there is padding
@@ -100,12 +100,6 @@ def noted(log: Path, word: str) -> int:
 
 def lines_in(log: Path) -> list[str]:
     return log.read_text().splitlines()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 class Ranks:

@@ -16,7 +16,8 @@ import torch
 from engine.checkpoint.agreement import GroupAgreement
 from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
-from tests.distributed import _free_port, run_on_ranks
+from tests.distributed import run_on_ranks
+from tests.ports import free_port
 
 END_SECONDS = 60.0  # generous: only a hang should exceed it
 SOON = 5.0  # what is promised from a failure to its being known everywhere
@@ -182,7 +183,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         self.pipes: list[Connection] = []
         self.processes: list[ForkServerProcess] = []
-        port = _free_port()
+        port = free_port()
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_be_rank, args=(theirs, rank, size, port, work, seconds), daemon=True)

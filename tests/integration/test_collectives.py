@@ -12,7 +12,8 @@ from engine.communication.handler import CommunicationHandler
 from engine.communication.process_group import ProcessGroupManager
 from engine.parallel import collectives
 from engine.parallel.base import ShardPart, ShardSpec
-from tests.distributed import RankFailedError, _free_port, run_on_ranks
+from tests.distributed import RankFailedError, run_on_ranks
+from tests.ports import free_port
 
 SIZES = [2, 3, 4]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64]
@@ -182,13 +183,13 @@ def on_another_group(
 
 
 def test_over_gloo_collectives_are_timed_likewise() -> None:
-    assert run_on_ranks(on_another_group, 2, check_times, _free_port(), {"collectives": "gloo"}) == ["gloo"] * 2
+    assert run_on_ranks(on_another_group, 2, check_times, free_port(), {"collectives": "gloo"}) == ["gloo"] * 2
 
 
 @pytest.mark.parametrize("collectives", ["shared-memory", "gloo"])
 def test_timing_can_be_left_out(collectives: str) -> None:
     options = {"collectives": collectives, "is_timed": False}
-    assert run_on_ranks(on_another_group, 2, check_untimed, _free_port(), options) == [collectives] * 2
+    assert run_on_ranks(on_another_group, 2, check_untimed, free_port(), options) == [collectives] * 2
 
 
 def check_copy(group: CommunicationHandler) -> None:

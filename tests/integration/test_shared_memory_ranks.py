@@ -12,7 +12,8 @@ from engine.communication.handler import CommunicationHandler
 from engine.communication.meeting import CannotShareError, share_memory
 from engine.communication.process_group import ProcessGroupManager
 from tests.disks import mounted_disk
-from tests.distributed import _free_port, run_on_ranks
+from tests.distributed import run_on_ranks
+from tests.ports import free_port
 
 
 def carrier(group: CommunicationHandler) -> str:
@@ -88,7 +89,7 @@ def use_gloo(group: CommunicationHandler, port: int, directory: str) -> tuple[st
 
 def test_without_room_all_ranks_use_gloo_and_one_says_why(tmp_path: Path) -> None:
     with mounted_disk(tmp_path / "small", "64k") as directory:
-        first, second = run_on_ranks(use_gloo, 2, _free_port(), str(directory))
+        first, second = run_on_ranks(use_gloo, 2, free_port(), str(directory))
     assert first[0] == second[0] == "gloo"
     assert first[2] == second[2] == 6
     assert second[1] == []
@@ -109,7 +110,7 @@ def insist(_: CommunicationHandler, port: int, directory: str) -> str:
 
 def test_where_shared_memory_is_asked_for_and_cannot_be_had_all_ranks_say_why(tmp_path: Path) -> None:
     missing = f"{tmp_path}/none gives no memory: No such file or directory"
-    errors = run_on_ranks(insist, 2, _free_port(), str(tmp_path / "none"))
+    errors = run_on_ranks(insist, 2, free_port(), str(tmp_path / "none"))
     assert errors == [f"--collectives shared-memory: {missing}"] * 2
 
 
@@ -126,7 +127,7 @@ def with_kernels_of_other_sources(_: CommunicationHandler, port: int) -> str:
 
 
 def test_ranks_whose_kernels_are_of_other_sources_say_which_collectives_need_none() -> None:
-    errors = run_on_ranks(with_kernels_of_other_sources, 2, _free_port())
+    errors = run_on_ranks(with_kernels_of_other_sources, 2, free_port())
     told = "--collectives auto: kernels.so was compiled from other sources; --collectives gloo needs no kernels"
     assert errors == [told] * 2
 
