@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "deploy/kubernetes"
+GRAFANA = ROOT / "deploy/grafana"  # the dashboard for a Grafana in a cluster
 OVERLAYS = ("overlays/cpu", "overlays/gpu")
 CUSTOM_KINDS = ("ServiceMonitor", "PrometheusRule", "InferencePool")  # which no cluster knows by itself
 Manifest = dict[str, Any]

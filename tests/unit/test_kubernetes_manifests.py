@@ -1,5 +1,6 @@
 """The manifests of deploy/kubernetes agree with the code, the image and each other."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -23,9 +24,11 @@ from server.cli import configure
 from server.config import ServerConfig
 from server.http_server import GRACE_SECONDS
 from server.launch import KILL_SECONDS, STOP_SECONDS
+from server.metrics import dashboard
 from server.options import options_of, unknown_variables
 from server.routes.health import VERSION
 from tests.manifests import (
+    GRAFANA,
     KUBERNETES,
     OVERLAYS,
     ROOT,
@@ -286,6 +289,14 @@ def test_what_the_adapter_asks_prometheus_is_a_query(tmp_path: Path) -> None:
 def test_what_is_in_the_namespace_is_in_one() -> None:
     namespace, *others = build_all()
     assert {item["metadata"]["namespace"] for item in others} == {namespace["metadata"]["name"]}
+
+
+def test_grafana_finds_the_dashboard_in_the_cluster_as_it_is_in_the_file() -> None:
+    (config_map,) = build(GRAFANA)
+    assert config_map["kind"] == "ConfigMap"
+    assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert config_map["data"] == {"ryzanstein.json": dashboard.text()}
+    assert len(json.dumps(config_map)) < 256 << 10  # for `kubectl apply` notes it in an annotation
 
 
 def test_the_pages_variables_are_of_fields() -> None:

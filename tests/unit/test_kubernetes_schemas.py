@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.custom_resources import SCHEMAS
-from tests.manifests import CUSTOM_KINDS, OVERLAYS, Manifest, build, build_all, with_component
+from tests.manifests import CUSTOM_KINDS, GRAFANA, OVERLAYS, Manifest, build, build_all, with_component
 
 VERSIONS = ("1.30", "1.37")  # the first with preStop's sleep, and the newest that is known
 
@@ -32,7 +32,7 @@ def custom(manifest: Manifest) -> list[str]:
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
     gateway = with_component(OVERLAYS[0], "inference-pool", tmp_path_factory.mktemp("gateway"))
-    return [*build_all(), *build("base"), *build(gateway)]
+    return [*build_all(), *build("base"), *build(gateway), *build(GRAFANA)]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
