@@ -99,6 +99,7 @@ class Hub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.holds_after = None  # else those that send would never end
         self._server.__exit__(kind, error, traceback)
 
     @property

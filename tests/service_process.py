@@ -35,6 +35,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """Keep a process from going on inside the block, where it may be killed."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
 class ServiceProcess:
     """`with ServiceProcess("MODEL", "--option", "value") as service:` is READY inside the block and gone after it."""
 
@@ -95,16 +106,19 @@ class ServiceProcess:
         ranks = httpx.get(f"{self.url}/ready").json()["ranks"]
         return [rank["pid"] for rank in ranks]
 
+    def orchestrator(self) -> psutil.Process:
+        """Return what starts the ranks and replaces them."""
+        (process,) = psutil.Process(self.process.pid).children()
+        return process
+
     @contextmanager
     def held(self, rank: int = 0) -> Iterator[None]:
-        """Keep a rank from going on inside the block: what is under way does not end, while the server answers."""
-        process = psutil.Process(self.rank_pids()[rank])
-        process.suspend()
-        try:
+        """Keep a rank from going on inside the block, which has to end before `--rank-timeout`.
+
+        What is under way does not end, while the server answers.
+        """
+        with suspended(psutil.Process(self.rank_pids()[rank])):
             yield
-        finally:
-            with suppress(psutil.NoSuchProcess):  # it was killed meanwhile
-                process.resume()
 
     def metric(self, name: str, labels: str = "") -> float:
         """Return the sum of a metric's samples whose label text contains `labels`; 0 when there is none."""

@@ -96,8 +96,8 @@ def refuse_quantized(directory: Path, stored: str, wanted: str) -> None:
     """Raise ValueError if a checkpoint's matrices have a quantization that is not wanted, and cannot be undone."""
     if stored not in ("none", wanted):
         raise ValueError(
-            f"{directory}: its matrices are {stored}, which only serve, bench decode and checkpoint shard read, with "
-            f"--quantization {stored}"
+            f"{directory}: its matrices are {stored}, which only serve, doctor, bench decode and checkpoint shard "
+            f"read, with --quantization {stored}"
         )
 
 

@@ -43,15 +43,17 @@ class Watch:
         """Look at all ranks; return what is wrong with those that hang, if there are any."""
         now = time.monotonic()
         elapsed, self._looked_at = min(now - self._looked_at, 2 * self._period), now
+        are_stopped = [self._is_stopped(rank) for rank in range(len(self._last))]
+        silence = 0.0 if any(are_stopped) else elapsed  # the others wait for one that is stopped
         for rank, last in enumerate(self._last):
             self._last[rank] = beat = self._beats.last(rank)
-            self._silent_for[rank] = self._silent_for[rank] + elapsed if beat and beat == last else 0.0
+            self._silent_for[rank] = self._silent_for[rank] + silence if beat and beat == last else 0.0
             stopped_for = self._stopped_for[rank]
             since = 0.0 if stopped_for is None else stopped_for + elapsed
-            self._stopped_for[rank] = since if self._is_stopped(rank) else None
-        if any(seconds is not None for seconds in self._stopped_for):  # the others wait for it
-            return self._loss(self._stopped_for, "was stopped, and not continued within")
-        return self._loss(self._silent_for, "got no further with a step within")
+            self._stopped_for[rank] = since if are_stopped[rank] else None
+        return self._loss(self._stopped_for, "was stopped, and not continued within") or self._loss(
+            self._silent_for, "got no further with a step within"
+        )
 
     def _loss(self, seconds: Sequence[float | None], what: str) -> Loss | None:
         hung = [rank for rank, of_rank in enumerate(seconds) if of_rank is not None and of_rank > self._timeout]

@@ -16,11 +16,12 @@ import psutil
 import pytest
 
 from tests.leftovers import Leftovers
-from tests.service_process import ServiceProcess, wait_until
+from tests.service_process import ServiceProcess, suspended, wait_until
 
 NUM_STREAMS = 64
-BODY: dict[str, Any] = {"prompt": "def f(", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+BODY: dict[str, Any] = {"prompt": "def f(", "max_tokens": 600, "ignore_eos": True, "temperature": 0}
 ENDLESS = {**BODY, "max_tokens": 1000}
+PATIENT = ("-tp", "2", "--drain-timeout", "300")
 AT_ONCE = 15.0  # seconds; far below the drain time-out
 
 
@@ -63,7 +64,7 @@ def wait_until_draining(service: ServiceProcess) -> None:
 
 
 def test_all_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftovers: Leftovers) -> None:
-    with ServiceProcess("-tp", "2", environment=leftovers.environment) as service:
+    with ServiceProcess(*PATIENT, environment=leftovers.environment) as service:
         processes = service.descendants()
         idle = socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=60)
         streams = Streams(service, BODY, NUM_STREAMS)
@@ -85,7 +86,7 @@ def test_all_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftover
 
 
 def test_a_rank_that_dies_while_streams_finish_is_a_pause(leftovers: Leftovers) -> None:
-    with ServiceProcess("-tp", "2", environment=leftovers.environment) as service:
+    with ServiceProcess(*PATIENT, environment=leftovers.environment) as service:
         processes = service.descendants()
         streams = Streams(service, BODY, 8)
         with service.held(rank=1):
@@ -162,9 +163,10 @@ def test_a_service_that_is_loading_ends_at_once(leftovers: Leftovers) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 2, 60)
         processes = psutil.Process(process.pid).children(recursive=True)
-        begin = time.monotonic()
-        process.terminate()
-        _, errors = process.communicate(timeout=20)
+        with suspended(processes[1]):  # what ranks are forked from: it is loading until it is ended
+            begin = time.monotonic()
+            process.terminate()
+            _, errors = process.communicate(timeout=20)
         assert time.monotonic() - begin < AT_ONCE
     assert (process.returncode, errors) == (0, "")
     leftovers.check(processes)

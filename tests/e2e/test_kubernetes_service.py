@@ -14,13 +14,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-import psutil
 import pytest
 
 from engine.protocol.config import EMBEDDED_MODEL
 from tests.manifests import ROOT, Manifest, build, container_of, one, options_of_pod
 from tests.ports import free_port
-from tests.service_process import ServiceProcess, wait_until
+from tests.service_process import ServiceProcess, suspended, wait_until
 
 KEY = "a-key-of-a-secret"
 LONG: dict[str, Any] = {"prompt": "def f(", "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -128,25 +127,23 @@ def test_a_pod_is_alive_from_its_first_answer_to_its_last_and_ready_only_when_it
 
 def hold_up_the_start(service: ServiceProcess, probes: Probes) -> None:
     """Stop the orchestrator of a service that is about to be started, until the probes have seen it start."""
-    wait_until(lambda: hasattr(service, "process") and bool(service.descendants()), 60)
-    (orchestrator,) = psutil.Process(service.process.pid).children()
-    orchestrator.suspend()
-    try:
+    wait_until(lambda: hasattr(service, "process") and has_orchestrator(service), 60)
+    with suspended(service.orchestrator()):
         probes.wait_for("STARTING")
-    finally:
-        orchestrator.resume()
+
+
+def has_orchestrator(service: ServiceProcess) -> bool:
+    """Whether it is itself, and no longer a copy of the server that is about to become it."""
+    return any("engine.orchestrator" in process.cmdline() for process in service.descendants())
 
 
 @contextmanager
 def no_ranks_started(service: ServiceProcess) -> Iterator[None]:
     """Stop what ranks are forked from, inside the block."""
-    (orchestrator,) = psutil.Process(service.process.pid).children()
-    (forks,) = [child for child in orchestrator.children() if child.pid not in service.rank_pids()]
-    forks.suspend()
-    try:
+    ranks = service.rank_pids()
+    (forks,) = [child for child in service.orchestrator().children() if child.pid not in ranks]
+    with suspended(forks):
         yield
-    finally:
-        forks.resume()
 
 
 def assert_answers(service: ServiceProcess) -> None:

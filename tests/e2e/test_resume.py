@@ -103,9 +103,11 @@ def test_streams_cut_at_random_and_gone_on_with_say_what_undisturbed_ones_say(
 
 def test_a_stream_that_nobody_reads_gives_its_blocks_back(service: ServiceProcess) -> None:
     body = {**BODY, "prompt": "x", "max_tokens": 900, "n": 4}
+    before = service.metric("ryzanstein_generation_tokens_total")
     with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=120) as response:
         assert len(take(response, 8)) == 8
     wait_until(lambda: service.metric("ryzanstein_kv_cache_used_blocks") == 0, 30)
+    assert service.metric("ryzanstein_generation_tokens_total") - before < 4 * 900  # else it ended by itself
     assert service.metric("ryzanstein_num_requests_running") == 0
 
 

@@ -214,7 +214,10 @@ def test_a_client_that_goes_away_frees_its_blocks(service: ServiceProcess, strea
     def begun() -> float:
         return service.metric("ryzanstein_time_to_first_token_seconds_count")
 
-    aborted_before, begun_before = aborted(), begun()
+    def generated() -> float:
+        return service.metric("ryzanstein_generation_tokens_total")
+
+    aborted_before, begun_before, generated_before = aborted(), begun(), generated()
     body = json.dumps({"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": streamed, "n": 8}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as connection:
@@ -223,6 +226,7 @@ def test_a_client_that_goes_away_frees_its_blocks(service: ServiceProcess, strea
     if not streamed:  # the client of a stream may come back
         wait_until(lambda: aborted() == aborted_before + 8, 30)
     wait_until(lambda: service.metric("ryzanstein_kv_cache_used_blocks") == 0, 30)
+    assert generated() - generated_before < 8 * 900  # else it ended by itself
 
 
 def test_a_wave_of_clients_that_come_and_go_leaves_the_service_whole(service: ServiceProcess) -> None:

@@ -249,13 +249,14 @@ def test_what_waits_for_a_place_is_in_the_queue_for_so_long(service: ServiceProc
     with ThreadPoolExecutor(3) as pool:
         with service.held():
             answers = [pool.submit(ask, service, "completions", headers, **body) for _, headers in traces]
-            wait_until(lambda: service.metric("ryzanstein_queued_requests") == 1, 60)  # behind one that waits there
+            # The third waits in the server, behind one that waits in the engine.
+            wait_until(lambda: service.metric("ryzanstein_queued_requests") == 1, 60)
         assert {answer.result().status_code for answer in answers} == {200}
     found = [receiver.trace(trace_id) for trace_id, _ in traces]
     decodes = sorted((each["decode"].start_time_unix_nano, each["decode"].end_time_unix_nano) for each in found)
     queues = sorted(each["queue"].end_time_unix_nano - each["queue"].start_time_unix_nano for each in found)
     begin, end = decodes[1]
-    assert queues[-1] > end - begin  # one runs at a time; all came while the first did
+    assert queues[-1] > end - begin  # one runs at a time; all came before the first ran
     for spans in found:
         assert_parts_follow(spans, "queue", "prefill", "decode")
 

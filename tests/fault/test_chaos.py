@@ -187,7 +187,8 @@ def test_disturbed_ranks_are_a_pause(how: str, tmp_path: Path, tell: Callable[[s
     tell(f"seed {seed}")
     disturbance = {"kill": kill, "stop": stop, "wedge": wedge_in(tmp_path)}[how]
     requests = bodies(16, 480)
-    options = ("-tp", "2", *EXACT, *(() if how == "kill" else ("--rank-timeout", str(RANK_TIMEOUT))))
+    patience = () if how == "kill" else ("--rank-timeout", str(RANK_TIMEOUT))  # a busy rank may be silent for as long
+    options = ("-tp", "2", *EXACT, *patience)
     with faulty_service(*options, folder=str(tmp_path)) as service:
         expected = undisturbed(service, requests)
         streams, recoveries = disturb(service, requests, disturbance, 3, random.Random(seed))

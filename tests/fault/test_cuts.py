@@ -18,7 +18,8 @@ import pytest
 from tests.disks import mounted_disk
 from tests.fault.crowd import Crowd
 from tests.fault.test_chaos import EXACT, RANK_TIMEOUT, bodies, check, ready_of, undisturbed
-from tests.service_process import ServiceProcess, wait_until
+from tests.leftovers import still_running
+from tests.service_process import ServiceProcess, suspended, wait_until
 
 PIDFD_GETFD = 438  # of every architecture
 CUT_SECONDS = 60.0  # within which there is something to cut again
@@ -155,18 +156,12 @@ def test_a_rank_that_dies_while_shared_memory_is_full_is_a_pause() -> None:
 
 def kill_ranks_and_wait_until_full(service: ServiceProcess, disk: Path) -> None:
     """Kill them so that their memory is taken before the next ranks want theirs."""
-    (orchestrator,) = psutil.Process(service.process.pid).children()
     ranks = [psutil.Process(pid) for pid in service.rank_pids()]
-    orchestrator.suspend()
-    for rank in ranks:
-        rank.kill()
-    wait_until(lambda: not any(is_running(rank) for rank in ranks), 60)
-    wait_until(lambda: os.statvfs(disk).f_bavail == 0, 60)
-    orchestrator.resume()
-
-
-def is_running(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    with suspended(service.orchestrator()):  # for less than the time after which the server replaces it
+        for rank in ranks:
+            rank.kill()
+        assert still_running(ranks, 5) == []
+        wait_until(lambda: os.statvfs(disk).f_bavail == 0, 5)
 
 
 def is_ready(service: ServiceProcess, epoch: int) -> bool:

@@ -72,15 +72,10 @@ def rank(service: ServiceProcess, number: int) -> psutil.Process:
     return psutil.Process(service.rank_pids()[number])
 
 
-def orchestrator(service: ServiceProcess) -> psutil.Process:
-    (process,) = psutil.Process(service.process.pid).children()
-    return process
-
-
 VICTIMS: dict[str, Callable[[ServiceProcess], psutil.Process]] = {
     "rank 0": partial(rank, number=0),
     "rank 1": partial(rank, number=1),
-    "the orchestrator": orchestrator,
+    "the orchestrator": ServiceProcess.orchestrator,
 }
 
 
@@ -115,7 +110,7 @@ def test_streams_go_on_as_if_nothing_had_been(victim: str, service: ServiceProce
 def test_a_request_that_comes_while_there_is_no_engine_waits_for_the_next(service: ServiceProcess) -> None:
     body = {"prompt": LONG_PROMPT, "max_tokens": 5, "temperature": 0}
     expected = service.complete(**body)
-    orchestrator(service).kill()
+    service.orchestrator().kill()
     wait_until(lambda: readiness(service).json()["state"] == "RECOVERING", 30)
     not_ready = readiness(service)
     assert not_ready.status_code == 503
@@ -174,7 +169,7 @@ def test_a_client_that_goes_away_while_there_is_no_engine_leaves_no_block(servic
     body = {**STREAMS[0], "max_tokens": 900, "stream": True}
     with httpx.stream("POST", f"{service.url}/v1/completions", json=body) as response:
         next(response.iter_lines())
-        orchestrator(service).kill()
+        service.orchestrator().kill()
         wait_until(lambda: readiness(service).json()["state"] == "RECOVERING", 30)
     wait_until(lambda: service.metric("ryzanstein_request_success_total", 'finished_reason="abort"') > 0, 30)
     wait_until(lambda: readiness(service).status_code == 200, 60)

@@ -172,6 +172,7 @@ class ScriptedEngine:
         self.fails_after: int | None = None  # tokens
         self.holds_after: int | None = None  # tokens of a sequence: no more of it comes
         self.batches: list[RequestBatch] = []
+        self.aborted_at: list[int] = []  # steps
         self._tokenizer = tokenizer
         eos = tokenizer.token_to_id(EOS)
         assert eos is not None
@@ -206,6 +207,7 @@ class ScriptedEngine:
             self._running[request.request_id] = sequence
         for request_id in batch.aborted:
             self._running.pop(request_id, None)
+            self.aborted_at.append(self.num_steps)
 
     async def _step(self, channel: AsyncChannel) -> None:
         while True:

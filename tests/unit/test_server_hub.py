@@ -339,7 +339,6 @@ def test_the_process_ends_when_its_service_is_gone(hub: Hub) -> None:
         assert b'"texts"' in process.stdout.readline()
         process.stdin.close()
         process.wait(60)
-    hub.holds_after = None
 
 
 def test_what_does_not_fit_is_said_before_it_is_downloaded(hub: Hub) -> None:

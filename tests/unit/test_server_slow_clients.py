@@ -103,7 +103,7 @@ def test_what_waits_for_a_client_is_bounded_and_goes_on_when_it_takes_it(
 ) -> None:
     monkeypatch.setattr(streaming, "MOST_UNSENT", 10_000)
     server.engine.script = lambda _: TEXT
-    server.engine.holds_after = 200
+    server.engine.holds_after = 200  # more than waits for a client, and no end
     with SlowClient(server) as client:
         while not client.stream_id:
             client.take(200)

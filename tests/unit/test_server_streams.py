@@ -131,7 +131,7 @@ def test_a_stream_cut_anywhere_goes_on_as_if_it_had_not_been(
         assert without_identity(found) == without_identity(whole)
 
 
-def test_a_stream_that_nobody_reads_leaves_the_engine_at_once_and_is_no_end(patient: RunningServer) -> None:
+def test_a_stream_that_nobody_reads_leaves_the_engine_and_is_no_end(patient: RunningServer) -> None:
     stream_id = id_of(begin_unfinished(patient, COMPLETIONS, 5, n=2))
     assert wait_until(lambda: len(patient.engine.aborted) == 2)
     assert (metric(patient, "streams_kept "), metric(patient, "stream_resumptions_total")) == (1, 0)
@@ -241,6 +241,7 @@ def test_who_comes_back_takes_the_stream_over_from_a_connection_that_seems_open(
         lines = old.iter_lines()
         found = take_from(lines, 5)
         with httpx.stream("GET", f"{patient.url}{STREAMS}/{id_of(found)}", headers={"last-event-id": "5"}) as new:
+            assert new.status_code == 200
             new_lines = new.iter_lines()
             found += take_from(new_lines, 1)
             patient.engine.holds_after = None

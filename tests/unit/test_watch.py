@@ -106,6 +106,17 @@ def test_a_rank_that_was_silent_before_it_was_stopped_is_said_to_be_stopped(scen
     assert scene.look_for(2 * TIMEOUT).startswith(f"rank 1 (pid {scene.processes.pid(1)}) was stopped")
 
 
+def test_the_time_in_which_a_rank_is_stopped_is_no_silence_of_any(scene: Scene) -> None:
+    for rank in scene.ranks:
+        rank.beat()
+    assert scene.look_for(TIMEOUT / 2) == ""
+    scene.send(1, signal.SIGSTOP)
+    assert scene.look_for(TIMEOUT - 1) == ""
+    scene.send(1, signal.SIGCONT)
+    assert scene.look_for(TIMEOUT / 2) == ""
+    assert "got no further" in scene.look_for(2)
+
+
 def test_time_in_which_nobody_could_look_does_not_count(scene: Scene) -> None:
     scene.ranks[0].beat()
     assert scene.look_for(2) == ""

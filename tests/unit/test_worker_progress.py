@@ -120,9 +120,8 @@ def test_eight_threads_report_growing_numbers_and_the_end(channels: tuple[Channe
         thread.start()
     for thread in threads:
         thread.join()
-    words = [  # the thread that made the channel uses it again
-        (message.loaded_bytes, message.total_bytes) for message in received(channels) if isinstance(message, Loading)
-    ]
+    messages = received(channels)  # the thread that made the channel uses it again
+    words = [(message.loaded_bytes, message.total_bytes) for message in messages if isinstance(message, Loading)]
     assert words[-1] == (400, 400)
     assert sorted(set(words)) == words
     assert len(words) >= 3
