@@ -19,7 +19,7 @@ from tests.leftovers import Leftovers
 from tests.service_process import ServiceProcess, suspended, wait_until
 
 NUM_STREAMS = 64
-BODY: dict[str, Any] = {"prompt": "def f(", "max_tokens": 600, "ignore_eos": True, "temperature": 0}
+BODY: dict[str, Any] = {"prompt": "def f(", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 ENDLESS = {**BODY, "max_tokens": 1000}
 PATIENT = ("-tp", "2", "--drain-timeout", "300")
 AT_ONCE = 15.0  # seconds; far below the drain time-out
@@ -67,7 +67,7 @@ def test_all_streams_finish_whole_while_new_requests_are_sent_elsewhere(leftover
     with ServiceProcess(*PATIENT, environment=leftovers.environment) as service:
         processes = service.descendants()
         idle = socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=60)
-        streams = Streams(service, BODY, NUM_STREAMS)
+        streams = Streams(service, {**BODY, "max_tokens": 250}, NUM_STREAMS)
         with service.held(), idle:
             service.process.terminate()
             assert idle.recv(1) == b""  # nobody asks there what would be refused

@@ -151,12 +151,12 @@ def test_an_agreement_leaves_neither_keys_nor_descriptors_behind() -> None:
 
 def slow_and_quick(group: CommunicationHandler) -> str:
     def work(_: CommunicationHandler, agreement: GroupAgreement) -> None:
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 5
         while group.rank == 1 and time.monotonic() < deadline:
             agreement.check()
             time.sleep(0.01)
 
-    return end_of(group, work, seconds=6)[1]
+    return end_of(group, work, seconds=4)[1]
 
 
 def test_a_rank_that_works_for_longer_than_the_timeout_is_waited_for() -> None:
@@ -260,17 +260,17 @@ def test_a_killed_rank_is_named_on_all_others(victim: int, work: Work) -> None:
 
 
 def test_a_rank_that_is_stopped_is_named_when_the_time_is_over() -> None:
-    with Ranks(3, wait_for_the_others, seconds=5) as ranks:
+    with Ranks(3, wait_for_the_others, seconds=4) as ranks:
         ranks.signal(1, signal.SIGSTOP)
         endings = ranks.endings([0, 2])
     assert {ending[:2] for ending in endings} == {("RuntimeError", "rank 1 does not answer")}
 
 
 def test_a_stopped_rank_that_keeps_the_store_does_not_hang_the_others() -> None:
-    with Ranks(3, work_on, seconds=5) as ranks:
+    with Ranks(3, work_on, seconds=4) as ranks:
         ranks.signal(0, signal.SIGSTOP)
         endings = ranks.endings([1, 2])
-    expected = "the ranks' store cannot be reached any more: no answer within 5 s"
+    expected = "the ranks' store cannot be reached any more: no answer within 4 s"
     assert {ending[:2] for ending in endings} == {("RuntimeError", expected)}
 
 
