@@ -60,7 +60,7 @@ class Leftovers:
         """Variables for what is started."""
         return {"TMPDIR": str(self.folder)}
 
-    def check(self, processes: Iterable[psutil.Process], seconds: float = 30.0) -> None:
+    def check(self, processes: Iterable[psutil.Process], seconds: float = 5.0) -> None:
         """Check that no process lives, no file is left in `folder` and no shared memory is new."""
         assert still_running(list(processes), seconds) == []
         assert list(self.folder.iterdir()) == []

@@ -17,8 +17,8 @@ from tests.oracle import NEAR_TIE, Reference
 from tests.service_process import ServiceProcess
 
 NUM_CLIENTS = 64
-NUM_TOKENS = 32
-IDLE_SECONDS = 15
+NUM_TOKENS = 48
+IDLE_SECONDS = 30
 STARTS = (
     "def is_prime(n):\n",
     "class Queue:\n    def __init__(self):\n",

@@ -37,7 +37,7 @@ def test_ranks_die_with_a_killed_orchestrator(checkpoint: Path) -> None:
         assert len(processes) == 3  # the ranks, and what they are forked from
         engine.process.kill()
         engine.process.wait()
-        assert still_running(processes, 30) == []
+        assert still_running(processes, 5) == []
 
 
 def test_closing_the_orchestrators_input_ends_the_group_and_removes_its_folder(checkpoint: Path) -> None:
@@ -45,7 +45,7 @@ def test_closing_the_orchestrators_input_ends_the_group_and_removes_its_folder(c
         processes = descendants(engine.process.pid)
         assert engine.process.stdin is not None
         engine.process.stdin.close()
-        assert engine.process.wait(30) == 0
+        assert engine.process.wait(5) == 0
         assert not any(process.is_running() for process in processes)
         assert not Path(engine.spec.run_dir).exists()
 
@@ -54,7 +54,7 @@ def test_sigterm_to_the_orchestrator_ends_the_group(checkpoint: Path) -> None:
     with EngineProcess(config(checkpoint)) as engine:
         processes = descendants(engine.process.pid)
         engine.process.terminate()
-        assert engine.process.wait(30) == 0
+        assert engine.process.wait(5) == 0
         assert not any(process.is_running() for process in processes)
 
 

@@ -303,7 +303,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
 
 TestBookkeeping = Bookkeeping.TestCase
-TestBookkeeping.settings = settings(max_examples=60, stateful_step_count=30)
+TestBookkeeping.settings = settings(max_examples=100, stateful_step_count=30)
 
 
 @contextmanager

@@ -91,17 +91,11 @@ def test_a_rank_that_is_continued_in_time_is_well(scene: Scene) -> None:
         assert scene.look_for(1) == ""
 
 
-def test_the_stopped_rank_is_named_and_not_those_that_wait_for_it(scene: Scene) -> None:
+@pytest.mark.parametrize("silent_for", [0, TIMEOUT / 2])
+def test_the_stopped_rank_is_named_and_not_those_that_wait_for_it(scene: Scene, silent_for: float) -> None:
     for rank in scene.ranks:
         rank.beat()
-    scene.send(1, signal.SIGSTOP)
-    assert scene.look_for(2 * TIMEOUT).startswith(f"rank 1 (pid {scene.processes.pid(1)}) was stopped")
-
-
-def test_a_rank_that_was_silent_before_it_was_stopped_is_said_to_be_stopped(scene: Scene) -> None:
-    for rank in scene.ranks:
-        rank.beat()
-    assert scene.look_for(TIMEOUT / 2) == ""
+    assert scene.look_for(silent_for) == ""
     scene.send(1, signal.SIGSTOP)
     assert scene.look_for(2 * TIMEOUT).startswith(f"rank 1 (pid {scene.processes.pid(1)}) was stopped")
 
